@@ -1,0 +1,28 @@
+/* Element and block types of tensors. The values are ggml's type numbers, so a GGUF type maps one to one. */
+#ifndef Q3N_BASE_DTYPE_H
+#define Q3N_BASE_DTYPE_H
+
+#include <stdint.h>
+
+typedef enum q3n_dtype {
+  Q3N_F32 = 0,
+  Q3N_F16 = 1,
+  Q3N_Q4_0 = 2,
+  Q3N_Q8_0 = 8,
+  Q3N_Q4_K = 12,
+  Q3N_Q5_K = 13,
+  Q3N_Q6_K = 14,
+  Q3N_BF16 = 30
+} q3n_dtype;
+
+/* Elements in a block (1 for plain types), and bytes of one block; 0 for a value that is no supported dtype. */
+int64_t q3n_dtype_block(q3n_dtype dtype);
+int64_t q3n_dtype_block_bytes(q3n_dtype dtype);
+
+/* Bytes of n elements; -1 where n is negative, no multiple of the block, or the dtype is unsupported. */
+int64_t q3n_dtype_bytes(q3n_dtype dtype, int64_t n);
+
+/* "q4_k"; "" for a value that is no supported dtype. */
+const char *q3n_dtype_name(q3n_dtype dtype);
+
+#endif

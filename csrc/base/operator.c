@@ -1,0 +1,3 @@
+#include "operator.h"
+
+int32_t q3n_abi_version(void) { return Q3N_ABI_VERSION; }

@@ -1,0 +1,74 @@
+/* The sparse feed-forward of Qwen3-Next, in four steps: route, group, up, down.
+
+   The shared expert is the same with E = top_k = 1 and weights = sigmoid(x . w_shared_gate), accumulated; a dense
+   feed-forward is the same with weights NULL. Experts that no token chose are never read. */
+#ifndef Q3N_MOE_H
+#define Q3N_MOE_H
+
+#include "../base/dtype.h"
+#include "../base/operator.h"
+
+/* p = softmax over all E logits; the top_k largest, ties to the lower index, in descending order; normalize: weights
+   divided by their sum. Items are tokens. A NaN among a token's logits is Q3N_NAN, and bad_token names the token. */
+typedef struct q3n_moe_route_args {
+  uint64_t struct_bytes; /* sizeof(q3n_moe_route_args) */
+  int32_t *ids;          /* [T][top_k] */
+  float *weights;        /* [T][top_k] */
+  int64_t *bad_token;    /* one value, written where the status is Q3N_NAN; NULL: not wanted */
+  const float *logits;   /* [T][E] */
+  int32_t normalize;
+  int64_t logits_t;      /* stride in elements */
+  int64_t T, E, top_k;   /* 1 <= top_k <= E <= 65536 */
+} q3n_moe_route_args;
+
+Q3N_DECLARE_OPERATOR(moe_route);
+
+/* Sorts the T * top_k (token, choice) pairs by expert, stably: order lists them as t * top_k + choice, and those of
+   expert e are order[offsets[e]] .. order[offsets[e+1]]. One item. Duplicate ids within a token are ordinary. */
+typedef struct q3n_moe_group_args {
+  uint64_t struct_bytes; /* sizeof(q3n_moe_group_args) */
+  int64_t *order;        /* [T * top_k] */
+  int64_t *offsets;      /* [E + 1] */
+  const int32_t *ids;    /* [T][top_k], each 0 <= id < E (else Q3N_VALUE) */
+  int64_t T, E, top_k;
+} q3n_moe_group_args;
+
+Q3N_DECLARE_OPERATOR(moe_group);
+
+/* h[p] = silu(Wgate_e x_t) * (Wup_e x_t) for each pair p = (t, choice) with expert e. Items are blocks of rows of F. */
+typedef struct q3n_moe_up_args {
+  uint64_t struct_bytes; /* sizeof(q3n_moe_up_args) */
+  float *h;              /* [T * top_k][F], contiguous */
+  const float *x;        /* [T][D] */
+  const void *gate;      /* [E][F][D] of gate_dtype; in merged gate_up tensors gate and up point into one tensor */
+  const void *up;        /* [E][F][D] of up_dtype */
+  const int64_t *order;  /* from group */
+  const int64_t *offsets;
+  q3n_dtype gate_dtype, up_dtype;
+  int64_t x_t;            /* strides in elements; those of weights are multiples of the block */
+  int64_t gate_e, gate_f;
+  int64_t up_e, up_f;
+  int64_t T, E, top_k, D, F;
+} q3n_moe_up_args;
+
+Q3N_DECLARE_OPERATOR(moe_up);
+
+/* y_t = [y_t +] sum over choices c, in order, of weights[t][c] Wdown_e h[(t, c)]. Items are blocks of rows of D. */
+typedef struct q3n_moe_down_args {
+  uint64_t struct_bytes; /* sizeof(q3n_moe_down_args) */
+  float *y;              /* [T][D] */
+  const float *h;        /* [T * top_k][F], contiguous */
+  const float *weights;  /* [T][top_k], contiguous; NULL: 1 */
+  const void *down;      /* [E][D][F] of dtype */
+  const int64_t *order;  /* from group */
+  const int64_t *offsets;
+  q3n_dtype dtype;
+  int32_t accumulate;     /* 1: add to y; 0: y is overwritten */
+  int64_t y_t;            /* strides in elements */
+  int64_t down_e, down_d;
+  int64_t T, E, top_k, D, F;
+} q3n_moe_down_args;
+
+Q3N_DECLARE_OPERATOR(moe_down);
+
+#endif

@@ -1,0 +1,1 @@
+//! A minimal Qwen3-Next model.

@@ -1,0 +1,77 @@
+//! Element and block types of tensors.
+
+use crate::ffi;
+use std::fmt;
+
+/// A tensor's element type; block types hold several elements in one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DType(pub(crate) ffi::q3n_dtype);
+
+impl DType {
+    /// 32-bit float.
+    pub const F32: DType = DType(ffi::Q3N_F32);
+    /// IEEE half.
+    pub const F16: DType = DType(ffi::Q3N_F16);
+    /// bfloat16.
+    pub const BF16: DType = DType(ffi::Q3N_BF16);
+    /// 32 int8 with one f16 scale.
+    pub const Q8_0: DType = DType(ffi::Q3N_Q8_0);
+    /// 32 4-bit values with one f16 scale.
+    pub const Q4_0: DType = DType(ffi::Q3N_Q4_0);
+    /// 256 4-bit values with 6-bit scales and minima.
+    pub const Q4_K: DType = DType(ffi::Q3N_Q4_K);
+    /// 256 5-bit values with 6-bit scales and minima.
+    pub const Q5_K: DType = DType(ffi::Q3N_Q5_K);
+    /// 256 6-bit values with 8-bit scales.
+    pub const Q6_K: DType = DType(ffi::Q3N_Q6_K);
+
+    /// Every supported type.
+    pub const ALL: [DType; 8] =
+        [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_K, DType::Q5_K, DType::Q6_K];
+
+    /// The supported type with this ggml type number, as stored in GGUF files.
+    pub fn from_ggml(number: u32) -> Option<DType> {
+        Self::ALL.into_iter().find(|t| t.0 == number)
+    }
+
+    /// The supported type of this name, in any case: `q4_k`, `BF16`.
+    pub fn from_name(name: &str) -> Option<DType> {
+        Self::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(name))
+    }
+
+    /// ggml's number of the type.
+    pub fn ggml(self) -> u32 {
+        self.0
+    }
+
+    /// `f32`, `q4_k`, ...
+    pub fn name(self) -> &'static str {
+        // SAFETY: q3n_dtype_name returns a static ASCII string for every value.
+        unsafe { std::ffi::CStr::from_ptr(ffi::q3n_dtype_name(self.0)) }.to_str().unwrap_or("")
+    }
+
+    /// Elements in a block; 1 for plain types.
+    pub fn block(self) -> usize {
+        // SAFETY: takes a value, reads a table.
+        unsafe { ffi::q3n_dtype_block(self.0) as usize }
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(self) -> usize {
+        // SAFETY: takes a value, reads a table.
+        unsafe { ffi::q3n_dtype_block_bytes(self.0) as usize }
+    }
+
+    /// Bytes of `n` elements; `None` where `n` is no multiple of the block, or too large.
+    pub fn bytes(self, n: usize) -> Option<usize> {
+        // SAFETY: takes values, reads a table.
+        let bytes = unsafe { ffi::q3n_dtype_bytes(self.0, i64::try_from(n).ok()?) };
+        usize::try_from(bytes).ok()
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

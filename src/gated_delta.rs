@@ -1,0 +1,1 @@
+//! The gated delta rule (`csrc/gated_delta/gated_delta.h`).

@@ -1,0 +1,73 @@
+//! Qwen3-Next's operators as raw C kernels with safe wrappers.
+//!
+//! One module an operator, under the same name as its folder in `csrc/`, where the header states formula, shapes and
+//! failure. A wrapper takes [`View`]s, checks every shape, stride, alias and scratch size, splits the work over rayon's
+//! threads and calls the C variant that dispatch or the caller chose ([`Exec`]).
+//!
+//! ```
+//! use qwen3next_kernels::{solve_tri, Exec, View, ViewMut};
+//! let (l, b, mut x) = ([2.0f32, 0.0, 1.0, 4.0], [2.0f32, 9.0], [0.0f32; 2]);
+//! solve_tri::run(
+//!     solve_tri::Args {
+//!         x: ViewMut::new(&mut x, [1, 2, 1])?,
+//!         l: View::new(&l, [1, 2, 2])?,
+//!         b: Some(View::new(&b, [1, 2, 1])?),
+//!         unit_diagonal: false,
+//!     },
+//!     &Exec::default(),
+//! )?;
+//! assert_eq!(x, [1.0, 2.0]);
+//! # Ok::<(), qwen3next_kernels::Error>(())
+//! ```
+//!
+//! | module | operator |
+//! | --- | --- |
+//! | [`attention`] | flash attention with grouped heads, and the merge of its parts |
+//! | [`causal_conv`] | depthwise causal convolution with state |
+//! | [`gated_delta`] | the gated delta rule |
+//! | [`matmul`] | Y = X Wᵀ with quantised W |
+//! | [`moe`] | router, grouping and expert feed-forward |
+//! | [`norm`] | RMS norms, gated RMS norm, L2 norm |
+//! | [`quant`] | block formats to and from f32 |
+//! | [`rope`] | partial rotary embedding |
+//! | [`solve_tri`] | batched triangular solve and inverse |
+//!
+//! [`isa`] tells what the CPU offers and narrows it; [`dtype`] lists element types; [`operator`] holds what all
+//! operators share.
+
+#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code)]
+#[allow(clippy::all)]
+pub mod ffi;
+
+pub mod attention;
+pub mod causal_conv;
+pub mod dtype;
+pub mod gated_delta;
+pub mod isa;
+pub mod matmul;
+pub mod moe;
+pub mod norm;
+pub mod operator;
+pub mod quant;
+pub mod rope;
+pub mod solve_tri;
+mod status;
+mod view;
+
+pub use dtype::DType;
+pub use isa::Isa;
+pub use operator::{Exec, Operator, Variant};
+pub use status::Error;
+pub use view::{View, ViewMut};
+
+#[cfg(all(test, feature = "bindgen"))]
+mod tests {
+    #[test]
+    fn committed_bindings_equal_fresh_ones() {
+        let fresh = include_str!(concat!(env!("OUT_DIR"), "/ffi.rs"));
+        assert!(
+            include_str!("ffi.rs") == fresh,
+            "src/ffi.rs is stale: run Q3N_WRITE_BINDINGS=1 cargo build --features bindgen"
+        );
+    }
+}

@@ -1,0 +1,1 @@
+//! Y = X Wᵀ with quantised W (`csrc/matmul/matmul.h`).

@@ -1,0 +1,1 @@
+//! Router, grouping and expert feed-forward (`csrc/moe/moe.h`).

@@ -1,0 +1,224 @@
+//! What all operators share: variants, and how a call is cut over threads.
+
+use crate::isa::Isa;
+use crate::status::{check, Error};
+use rayon::prelude::*;
+use std::cell::RefCell;
+
+/// An operator of the C library. Implemented by the marker type `Op` of every operator module.
+pub trait Operator: Sized + 'static {
+    /// Name of the operator, as its folder in `csrc/`.
+    const NAME: &'static str;
+    /// The C args struct.
+    type Raw: 'static;
+
+    /// Every variant built into the library, in the order of the `.inc` list, available on this CPU or not.
+    fn variants() -> Vec<Variant<Self>>;
+
+    /// The variant that dispatch picks for these (checked) args.
+    #[doc(hidden)]
+    fn best(raw: &Self::Raw) -> Variant<Self>;
+
+    /// Validates args.
+    #[doc(hidden)]
+    fn check(raw: &Self::Raw) -> i32;
+}
+
+/// One implementation of an operator. The functions take args that passed the operator's check.
+pub struct Variant<O: Operator> {
+    name: &'static str,
+    isa: Isa,
+    items: unsafe extern "C" fn(*const O::Raw) -> i64,
+    scratch_bytes: unsafe extern "C" fn(*const O::Raw) -> i64,
+    run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
+}
+
+impl<O: Operator> Clone for Variant<O> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<O: Operator> Copy for Variant<O> {}
+
+impl<O: Operator> Variant<O> {
+    /// A variant from outside the library: a kernel under test.
+    ///
+    /// # Safety
+    /// For every args struct that passes the operator's check, the functions must keep the contract of the operator's
+    /// header: write only the outputs of the items begin..end, read only the inputs, use no more scratch than they say,
+    /// and allow calls over disjoint ranges at the same time.
+    pub unsafe fn foreign(
+        name: &'static str,
+        isa: Isa,
+        items: unsafe extern "C" fn(*const O::Raw) -> i64,
+        scratch_bytes: unsafe extern "C" fn(*const O::Raw) -> i64,
+        run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
+    ) -> Self {
+        Variant { name, isa, items, scratch_bytes, run }
+    }
+
+    /// Name of the variant within its operator, e.g. `recurrent_scalar`.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Instruction set it needs.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The built-in variant of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        O::variants().into_iter().find(|v| v.name == name)
+    }
+}
+
+/// How a call runs: which variant, and over how many parts.
+pub struct Exec<O: Operator> {
+    variant: Option<Variant<O>>,
+    parts: Option<usize>,
+}
+
+impl<O: Operator> Default for Exec<O> {
+    /// Dispatch picks the variant; as many parts as rayon has threads, fewer for little work.
+    fn default() -> Self {
+        Exec { variant: None, parts: None }
+    }
+}
+
+impl<O: Operator> Clone for Exec<O> {
+    fn clone(&self) -> Self {
+        Exec { variant: self.variant, parts: self.parts }
+    }
+}
+
+impl<O: Operator> Exec<O> {
+    /// Run this variant.
+    pub fn variant(variant: Variant<O>) -> Self {
+        Exec { variant: Some(variant), parts: None }
+    }
+
+    /// Cut the work items into exactly this many ranges (some empty where there are fewer items). 1 stays on the
+    /// calling thread.
+    pub fn parts(mut self, parts: usize) -> Self {
+        self.parts = Some(parts.max(1));
+        self
+    }
+
+    /// Checks `raw`, cuts its items into ranges and runs them. `cost` is the rough number of arithmetic operations of
+    /// the whole call: it only decides how many parts are worth a fork.
+    ///
+    /// # Safety
+    /// Every pointer in `raw` must be valid for what the operator's header says of it, for this call.
+    pub(crate) unsafe fn execute(&self, raw: &O::Raw, cost: usize) -> Result<(), Error> {
+        check(O::NAME, O::check(raw))?;
+        let variant = self.variant.unwrap_or_else(|| O::best(raw));
+        if !variant.isa.available() {
+            let why = format!("{} needs {}, which this CPU or the ISA mask does not offer", variant.name, variant.isa);
+            return Err(Error::argument("variant", why));
+        }
+        // SAFETY: `raw` passed the operator's check just above.
+        let (items, bytes) = unsafe { ((variant.items)(raw), (variant.scratch_bytes)(raw)) };
+        let (items, bytes) = (items.max(0) as usize, bytes.max(0) as usize);
+        if items == 0 {
+            return Ok(());
+        }
+        let parts = self.parts.unwrap_or_else(|| rayon::current_num_threads().min(cost / FORK_COST).max(1).min(items));
+
+        let shared = Shared(raw as *const O::Raw);
+        let run = |part: usize| {
+            let (begin, end) = (items * part / parts, items * (part + 1) / parts);
+            if begin == end {
+                return Ok(());
+            }
+            let raw = shared.get();
+            // SAFETY: checked args, a range within the items, scratch of the size and alignment the variant asked for.
+            let status = with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
+            check(O::NAME, status)
+        };
+        match parts {
+            1 => run(0),
+            // The first failing part decides, whatever the order they ran in.
+            _ => (0..parts).into_par_iter().map(run).collect::<Vec<_>>().into_iter().collect(),
+        }
+    }
+}
+
+/// Operations below which a part is not worth a fork and a join.
+const FORK_COST: usize = 40_000;
+
+/// Args shared by the threads of one call.
+struct Shared<T>(*const T);
+impl<T> Shared<T> {
+    fn get(&self) -> *const T {
+        self.0
+    }
+}
+// SAFETY: kernels read the args and inputs, and write only the outputs of their own items (csrc/base/operator.h).
+unsafe impl<T> Sync for Shared<T> {}
+
+/// One cache line, the alignment of scratch.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code)] [u8; 64]);
+
+thread_local! {
+    // Grows to the largest scratch a thread was asked for, so a warm call does not allocate. A stack, because a thread
+    // that waits in rayon may start another part.
+    static SCRATCH: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+}
+
+fn with_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> R {
+    let mut lines = SCRATCH.with(|s| s.borrow_mut().pop()).unwrap_or_default();
+    let need = bytes.div_ceil(64);
+    if lines.len() < need {
+        lines.resize(need, Line([0; 64]));
+    }
+    let result = f(lines.as_mut_ptr().cast());
+    SCRATCH.with(|s| s.borrow_mut().push(lines));
+    result
+}
+
+/// Implements [`Operator`] for `Op` over the functions that Q3N_DECLARE_OPERATOR declares for an operator.
+macro_rules! operator {
+    ($name:literal, $args:ident, $check:ident, $count:ident, $at:ident, $best:ident) => {
+        #[doc = concat!("Marker of the operator `", $name, "`.")]
+        pub struct Op;
+
+        impl crate::operator::Operator for Op {
+            const NAME: &'static str = $name;
+            type Raw = crate::ffi::$args;
+
+            fn variants() -> Vec<crate::operator::Variant<Self>> {
+                // SAFETY: _variant_at is asked only for indices below the count.
+                unsafe { (0..crate::ffi::$count()).map(|i| crate::operator::from_table!(crate::ffi::$at(i))).collect() }
+            }
+
+            fn best(raw: &Self::Raw) -> crate::operator::Variant<Self> {
+                // SAFETY: _best takes checked args and returns an entry of the static table.
+                unsafe { crate::operator::from_table!(crate::ffi::$best(raw)) }
+            }
+
+            fn check(raw: &Self::Raw) -> i32 {
+                // SAFETY: `raw` is a valid args struct; _check reads it and the index arrays it points to.
+                unsafe { crate::ffi::$check(raw) }
+            }
+        }
+    };
+}
+pub(crate) use operator;
+
+/// A [`Variant`] from a pointer to a C table entry, which is complete and never freed.
+macro_rules! from_table {
+    ($entry:expr) => {{
+        let entry = &*$entry;
+        crate::operator::Variant::foreign(
+            std::ffi::CStr::from_ptr(entry.name).to_str().unwrap_or(""),
+            crate::isa::Isa(entry.isa),
+            entry.items.expect("table entries are complete"),
+            entry.scratch_bytes.expect("table entries are complete"),
+            entry.run.expect("table entries are complete"),
+        )
+    }};
+}
+pub(crate) use from_table;

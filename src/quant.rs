@@ -1,0 +1,1 @@
+//! Block formats to and from f32 (`csrc/quant/quant.h`).

@@ -1,0 +1,1 @@
+//! Partial rotary embedding (`csrc/rope/rope.h`).
