@@ -133,7 +133,8 @@ impl<O: Operator> Exec<O> {
             }
             let raw = shared.get();
             // SAFETY: checked args, a range within the items, scratch of the size and alignment the variant asked for.
-            let status = with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
+            let status =
+                with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
             check(O::NAME, status)
         };
         match parts {
