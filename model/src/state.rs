@@ -17,6 +17,8 @@ pub struct State {
     depth: usize,
     /// For each slot the recurrent states after its last tokens, oldest first; as many as `depth` + 1.
     history: Vec<VecDeque<Checkpoint>>,
+    /// Slots whose last batch failed halfway: their layers disagree on how many tokens they have read.
+    spoilt: Vec<bool>,
     sizes: Sizes,
 }
 
@@ -36,6 +38,18 @@ struct Sizes {
     delta: usize,
     kv: usize,
     layers: usize,
+}
+
+impl Sizes {
+    fn of(config: &Config) -> Sizes {
+        let (d, a) = (&config.delta, &config.attention);
+        Sizes {
+            conv: d.conv_channels() * (d.conv_width - 1),
+            delta: d.v_heads * d.v_dim * d.k_dim,
+            kv: a.kv_heads * a.head_dim,
+            layers: config.layers.len(),
+        }
+    }
 }
 
 /// The recurrent part of one slot after `length` tokens: conv then delta state of every DeltaNet layer.
@@ -68,13 +82,7 @@ impl Snapshot {
 impl State {
     /// Empty memory for `slots` sequences of up to `capacity` tokens. Errors where it would not fit an address space.
     pub fn new(config: &Config, slots: usize, capacity: usize) -> Result<State, Error> {
-        let (d, a) = (&config.delta, &config.attention);
-        let sizes = Sizes {
-            conv: d.conv_channels() * (d.conv_width - 1),
-            delta: d.v_heads * d.v_dim * d.k_dim,
-            kv: a.kv_heads * a.head_dim,
-            layers: config.layers.len(),
-        };
+        let sizes = Sizes::of(config);
         let room = |per_slot: Option<usize>| {
             let n = per_slot.and_then(|n| n.checked_mul(slots)).filter(|&n| n <= isize::MAX as usize / 8);
             let n = n.ok_or_else(|| Error::argument("context", format!("{slots} slots of {capacity} tokens are too large")))?;
@@ -105,6 +113,7 @@ impl State {
             capacity,
             depth: 0,
             history: vec![VecDeque::new(); slots],
+            spoilt: vec![false; slots],
             sizes,
         })
     }
@@ -145,6 +154,7 @@ impl State {
     pub fn clear(&mut self, slot: usize) -> Result<(), Error> {
         self.len(slot)?;
         self.lengths[slot] = 0;
+        self.spoilt[slot] = false;
         self.history[slot].clear();
         for layer in &mut self.layers {
             if let LayerState::Delta { conv, delta } = layer {
@@ -157,7 +167,7 @@ impl State {
 
     /// Copies what a slot remembers.
     pub fn snapshot(&self, slot: usize) -> Result<Snapshot, Error> {
-        let length = self.len(slot)?;
+        let length = self.usable(slot)?;
         let layers = self
             .layers
             .iter()
@@ -205,13 +215,14 @@ impl State {
             }
         }
         self.lengths[slot] = snapshot.length;
+        self.spoilt[slot] = false;
         self.history[slot].clear();
         Ok(())
     }
 
     /// Takes back the last `tokens` tokens of a slot: KV length, convolution windows and recurrent states.
     pub fn rollback(&mut self, slot: usize, tokens: usize) -> Result<(), Error> {
-        let length = self.len(slot)?;
+        let length = self.usable(slot)?;
         if tokens == 0 {
             return Ok(());
         }
@@ -237,7 +248,7 @@ impl State {
 
     /// `slot` exists and has room for `tokens` more.
     pub(crate) fn expect_room(&self, slot: usize, tokens: usize) -> Result<(), Error> {
-        let length = self.len(slot)?;
+        let length = self.usable(slot)?;
         if tokens > self.capacity - length {
             let why = format!("slot {slot} has read {length} tokens, {tokens} more exceed its capacity of {}", self.capacity);
             return Err(Error::argument("tokens", why));
@@ -273,6 +284,28 @@ impl State {
         while self.history[slot].len() > self.depth + 1 {
             self.history[slot].pop_front();
         }
+    }
+
+    /// The layers of `slot` no longer agree on what was read.
+    pub(crate) fn spoil(&mut self, slot: usize) {
+        self.spoilt[slot] = true;
+    }
+
+    /// This is memory of a model of these sizes.
+    pub(crate) fn expect_model(&self, config: &Config) -> Result<(), Error> {
+        if self.sizes == Sizes::of(config) {
+            return Ok(());
+        }
+        Err(Error::argument("state", "is of a model of other sizes"))
+    }
+
+    /// Length of a slot whose last batch was read to its end.
+    fn usable(&self, slot: usize) -> Result<usize, Error> {
+        let length = self.len(slot)?;
+        if self.spoilt[slot] {
+            return Err(Error::argument("slot", format!("{slot} failed halfway through a batch: clear or restore it")));
+        }
+        Ok(length)
     }
 
     fn no_slot(&self, slot: usize) -> Error {
