@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`config`] | the sizes of a model |
+//! | [`embedded`] | the small trained model that is part of the program |
 //! | [`gguf`], [`safetensors`] | the two containers, read without trust |
 //! | [`mod@load`] | from a path to a model |
 //! | [`weights`] | its weights in one layout, whatever file they came from |
@@ -16,6 +17,7 @@
 mod attention_layer;
 pub mod config;
 mod delta_layer;
+pub mod embedded;
 pub mod error;
 pub mod file;
 pub mod forward;

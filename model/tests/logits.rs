@@ -209,7 +209,8 @@ fn wrong_calls_are_named_and_leave_the_state_alone() {
     let vocab = model.config().vocab as u32;
     let options = Options::default();
     let mut state = State::new(model.config(), 2, 4).unwrap();
-    let mut refused = |batch: Batch, options: &Options| model.forward(&mut state, &batch, options).unwrap_err().to_string();
+    let mut refused =
+        |batch: Batch, options: &Options| model.forward(&mut state, &batch, options).unwrap_err().to_string();
     assert!(refused(Batch::one(0, &[1, vocab]), &options).contains("outside the vocabulary"));
     assert!(refused(Batch::one(2, &[1]), &options).contains("slot: is 2"));
     assert!(refused(Batch::one(0, &[1, 2, 3, 4, 5]), &options).contains("capacity of 4"));

@@ -21,6 +21,16 @@ struct Cli {
 enum Command {
     /// Check every kernel against float64 references and properties.
     Verify(cli::verify::Args),
+    /// Continue a text.
+    Generate(cli::generate::Args),
+    /// Write logits as .npy.
+    Logits(cli::logits::Args),
+    /// Perplexity of a text, and divergence from saved logits.
+    Perplexity(cli::perplexity::Args),
+    /// What is in a model.
+    Inspect(cli::inspect::Args),
+    /// Write a model of the real layer shapes with random weights.
+    Synth(cli::synth::Args),
 }
 
 /// Outcome of a command: `Failed` is a check that did not hold, an error is bad input.
@@ -36,6 +46,11 @@ fn main() -> ExitCode {
     let done = match cli.command {
         None => cli::tour::run(),
         Some(Command::Verify(args)) => cli::verify::run(args),
+        Some(Command::Generate(args)) => cli::generate::run(args),
+        Some(Command::Logits(args)) => cli::logits::run(args),
+        Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Inspect(args)) => cli::inspect::run(args),
+        Some(Command::Synth(args)) => cli::synth::run(args),
     };
     match done {
         Ok(Done::Ok) => ExitCode::SUCCESS,
