@@ -245,7 +245,8 @@ pub struct Judged {
 }
 
 impl Judged {
-    fn accept(&self, got: &Outputs, d: usize) -> Result<Metrics, Failure> {
+    /// Compares with what a call gave, in rows of `d` channels.
+    pub fn accept(&self, got: &Outputs, d: usize) -> Result<Metrics, Failure> {
         let lse = compare("lse", &got.lse, &self.lse, &self.lse_bound, 1)?;
         let o = compare("o", &got.o, &self.o, &self.o_bound, d)?;
         Ok(Metrics { bound_multiple: o.bound_multiple.max(lse.bound_multiple), ..o })

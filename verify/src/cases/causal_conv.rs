@@ -204,10 +204,10 @@ impl Problem {
         state
     }
 
-    /// Against the judge: state and snapshots bit for bit; y within γ of the sum's terms, carried through SiLU, whose
-    /// slope is below 1.1 and whose own exponential, sum and quotient take five roundings. Below −88 SiLU is 0 in f32
-    /// instead of up to 88 · 2⁻¹²⁶.
-    pub fn judge(&self, got: &Outputs) -> Result<Metrics, Failure> {
+    /// The judge's y and the error every element may have: γ of the sum's terms, carried through SiLU, whose slope is
+    /// below 1.1 and whose own exponential, sum and quotient take five roundings. Below −88 SiLU is 0 in f32 instead of
+    /// up to 88 · 2⁻¹²⁶.
+    pub fn expected(&self) -> (Vec<f64>, Vec<f64>) {
         let (mut want, mut bound) = (Vec::new(), Vec::new());
         let w = wide(&self.w);
         let w = ArrayView2::from_shape((self.c, self.width), &w).expect("C × W");
@@ -232,6 +232,12 @@ impl Problem {
                 bound.push(if self.case.silu { 1.1 * error + gamma(5) * silu(a).abs() + 88.0 * TINY32 } else { error });
             }
         }
+        (want, bound)
+    }
+
+    /// y against the judge, state and snapshots bit for bit.
+    pub fn judge(&self, got: &Outputs) -> Result<Metrics, Failure> {
+        let (want, bound) = self.expected();
         let metrics = compare("y", &got.y, &want, &bound, self.c)?;
 
         if let Some(pool) = &got.pool {
