@@ -105,6 +105,11 @@ impl<O: Operator> Exec<O> {
         self
     }
 
+    /// Whether the caller wants the call to stay on its thread.
+    pub(crate) fn stays(&self) -> bool {
+        self.parts == Some(1)
+    }
+
     /// Checks `raw`, cuts its items into ranges and runs them. `cost` is the rough number of arithmetic operations of
     /// the whole call: it only decides how many parts are worth a fork.
     ///

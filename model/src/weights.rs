@@ -20,7 +20,7 @@ pub(crate) enum Store {
 }
 
 impl Store {
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Store::Mapped(map) => map,
             Store::Owned(bytes) => bytes,
@@ -216,7 +216,9 @@ impl Tensor {
         for expert in 0..self.experts {
             let bytes = self.bytes().get(expert * stride..)?.get(..matrix)?;
             match self.dtype {
-                DType::F32 => values.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
+                DType::F32 => {
+                    values.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                }
                 DType::F16 => values.extend(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())),
                 DType::BF16 => values.extend(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())),
                 _ => return None,
