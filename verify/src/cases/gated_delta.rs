@@ -384,16 +384,25 @@ pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Resul
 }
 
 /// Float64 results of all sequences and heads in the order of [`Outputs`], with their bounds.
-struct Judged {
-    o: Vec<f64>,
-    o_bound: Vec<f64>,
-    state: Vec<f64>,
-    state_bound: Vec<f64>,
-    snapshots: Vec<f64>,
-    snapshots_bound: Vec<f64>,
+#[derive(Debug, Clone)]
+pub struct Judged {
+    /// Outputs.
+    pub o: Vec<f64>,
+    /// Absolute error each may have.
+    pub o_bound: Vec<f64>,
+    /// Final states.
+    pub state: Vec<f64>,
+    /// Absolute error each may have.
+    pub state_bound: Vec<f64>,
+    /// States after every token.
+    pub snapshots: Vec<f64>,
+    /// Absolute error each may have.
+    pub snapshots_bound: Vec<f64>,
 }
 
-fn judge(case: &Case, inputs: &Inputs, form: Form, restart: usize) -> Judged {
+/// The token loop in float64 over a whole case, with the bounds of a kernel of this form whose chunks start anew at
+/// token `restart`.
+pub fn judge(case: &Case, inputs: &Inputs, form: Form, restart: usize) -> Judged {
     let heads: Vec<(Trace, Bounds)> = (0..case.b * case.hv)
         .map(|i| {
             let head = inputs.head(case, i / case.hv, i % case.hv);
@@ -432,8 +441,8 @@ fn judge(case: &Case, inputs: &Inputs, form: Form, restart: usize) -> Judged {
 }
 
 impl Judged {
-    /// Rows are a head's outputs at one token, and its state.
-    fn compare(&self, case: &Case, got: &Outputs) -> Result<Metrics, Failure> {
+    /// `Ok` where a kernel's outputs are within the bounds. Rows are a head's outputs at one token, and its state.
+    pub fn compare(&self, case: &Case, got: &Outputs) -> Result<Metrics, Failure> {
         let o = compare("o", &got.o, &self.o, &self.o_bound, case.v)?;
         let state = compare("state", &got.state, &self.state, &self.state_bound, case.v * case.k)?;
         let snapshots = compare("snapshots", &got.snapshots, &self.snapshots, &self.snapshots_bound, case.v * case.k)?;
