@@ -6,8 +6,9 @@ use qwen3next_verify::buffer::Layout;
 use qwen3next_verify::cases::gated_delta::{
     call, judge, Case, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
 };
+use qwen3next_verify::compare::bitwise;
 use qwen3next_verify::reference::gated_delta::Form;
-use qwen3next_verify::suite::{assert_cases_round_trip, assert_passes, Options};
+use qwen3next_verify::suite::{assert_cases_round_trip, assert_passes, Options, Suite};
 use safetensors::{tensor::TensorView, Dtype, SafeTensors};
 
 #[test]
@@ -18,6 +19,21 @@ fn every_variant_passes_every_check() {
 #[test]
 fn cases_round_trip() {
     assert_cases_round_trip::<GatedDelta>();
+}
+
+#[test]
+fn dispatch_runs_one_of_the_variants() {
+    let base = GatedDelta::grid().into_iter().find(|c| c.k == 128 && c.t == 129).expect("the model's head size");
+    for t in [1, 8, 31, 32, 64] {
+        let case = Case { t, ..base.clone() };
+        let inputs = Inputs::generate(&case, 5);
+        let got = call(&Exec::default(), &case, &inputs).expect("accepted");
+        let same = Op::variants().into_iter().filter(|v| v.isa().available()).any(|v| {
+            let of = call(&Exec::variant(v), &case, &inputs).expect("accepted");
+            bitwise("o", &got.o, &of.o).is_ok() && bitwise("state", &got.state, &of.state).is_ok()
+        });
+        assert!(same, "T={t}: no variant gives what dispatch gave");
+    }
 }
 
 /// A golden tensor as float64.
