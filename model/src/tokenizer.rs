@@ -1,7 +1,8 @@
 //! Text to token ids and back: byte-level BPE with Qwen's split pattern, from GGUF metadata or tokenizer.json.
 //!
-//! Special tokens are cut out of the text here, the rest goes through the `tokenizers` crate. As in Qwen's own
-//! tokenizer, text is first brought into Unicode's composed form (NFC).
+//! Special tokens are cut out of the text here, the rest goes through the `tokenizers` crate. Qwen's released
+//! tokenizer.json first brings text into Unicode's composed form (NFC); GGUF says nothing of it and its readers leave
+//! text as it is. Both are followed here, so the two differ on decomposed text.
 
 use crate::error::{shown, Error};
 use crate::file::read_text;
@@ -9,7 +10,6 @@ use crate::gguf::{Array, Gguf, Value};
 use std::collections::HashMap;
 use std::path::Path;
 use tokenizers::models::bpe::{Vocab, BPE};
-use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -201,7 +201,7 @@ impl Tokenizer {
         let split = Split::new(SplitPattern::Regex(QWEN2_SPLIT.into()), SplitDelimiterBehavior::Isolated, false);
         let steps = vec![split.map_err(failed)?.into(), ByteLevel::new(false, false, false).into()];
         let mut inner = tokenizers::Tokenizer::new(bpe);
-        inner.with_normalizer(Some(NFC)).with_pre_tokenizer(Some(Sequence::new(steps)));
+        inner.with_pre_tokenizer(Some(Sequence::new(steps)));
 
         let id = |key: &str| -> Result<Option<u32>, Error> {
             match file.uint(&format!("tokenizer.ggml.{key}"))? {
