@@ -3,27 +3,13 @@
 use std::path::{Path, PathBuf};
 
 /// Operator rooms under csrc; a file `<room>/<anything>_<suffix>.c` is compiled with the flags of that suffix.
-const ROOMS: &[&str] = &[
-    "base",
-    "attention",
-    "causal_conv",
-    "gated_delta",
-    "matmul",
-    "moe",
-    "norm",
-    "quant",
-    "rope",
-    "solve_tri",
-];
+const ROOMS: &[&str] =
+    &["base", "attention", "causal_conv", "gated_delta", "matmul", "moe", "norm", "quant", "rope", "solve_tri"];
 
 /// (target architecture, file suffix, compiler flags). Files with none of these suffixes are plain C.
 const FLAGS: &[(&str, &str, &[&str])] = &[
     ("x86_64", "_avx2", &["-mavx2", "-mfma", "-mf16c"]),
-    (
-        "x86_64",
-        "_avx512",
-        &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-    ),
+    ("x86_64", "_avx512", &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]),
     ("aarch64", "_neon", &[]),
 ];
 

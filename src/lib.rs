@@ -53,12 +53,14 @@ pub mod rope;
 pub mod solve_tri;
 mod status;
 mod view;
+mod weight;
 
 pub use dtype::DType;
 pub use isa::Isa;
 pub use operator::{Exec, Operator, Variant};
 pub use status::Error;
 pub use view::{View, ViewMut};
+pub use weight::Weight;
 
 #[cfg(all(test, feature = "bindgen"))]
 mod tests {

@@ -105,6 +105,11 @@ impl<O: Operator> Exec<O> {
         self
     }
 
+    /// Whether the caller wants the call to stay on its thread.
+    pub(crate) fn stays(&self) -> bool {
+        self.parts == Some(1)
+    }
+
     /// Checks `raw`, cuts its items into ranges and runs them. `cost` is the rough number of arithmetic operations of
     /// the whole call: it only decides how many parts are worth a fork.
     ///
@@ -133,7 +138,8 @@ impl<O: Operator> Exec<O> {
             }
             let raw = shared.get();
             // SAFETY: checked args, a range within the items, scratch of the size and alignment the variant asked for.
-            let status = with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
+            let status =
+                with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
             check(O::NAME, status)
         };
         match parts {

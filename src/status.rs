@@ -39,6 +39,16 @@ pub enum Error {
         /// Elements there are.
         len: usize,
     },
+    /// A token's data holds a NaN where values must be ordered.
+    #[error("{operator}: {arg} of token {token} hold a NaN")]
+    Nan {
+        /// Operator that refused.
+        operator: &'static str,
+        /// Argument name as in the operator's header.
+        arg: &'static str,
+        /// The lowest such token.
+        token: usize,
+    },
     /// Any other misuse: the text names argument and expectation.
     #[error("{arg}: {why}")]
     Argument {
@@ -54,6 +64,7 @@ impl Error {
     pub fn kind(&self) -> Option<u32> {
         match self {
             Error::Status { code, .. } => Some(*code as u32 & 0xff),
+            Error::Nan { .. } => Some(ffi::Q3N_NAN),
             _ => None,
         }
     }

@@ -78,6 +78,16 @@ impl<'a, const R: usize, T> View<'a, R, T> {
     pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
         expect(arg, self.shape, expected)
     }
+
+    /// Another view of the same slice, from element `offset` on.
+    pub(crate) fn part<const Q: usize>(
+        &self,
+        offset: usize,
+        shape: [usize; Q],
+        strides: [usize; Q],
+    ) -> Result<View<'a, Q, T>, Error> {
+        View::strided(self.data.get(offset..).unwrap_or(&[]), shape, strides)
+    }
 }
 
 impl<'a, const R: usize, T> ViewMut<'a, R, T> {
@@ -108,6 +118,16 @@ impl<'a, const R: usize, T> ViewMut<'a, R, T> {
     /// Error naming `arg` unless the shape is `expected`.
     pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
         expect(arg, self.shape, expected)
+    }
+
+    /// Another view of the same slice, from element `offset` on.
+    pub(crate) fn part<const Q: usize>(
+        &mut self,
+        offset: usize,
+        shape: [usize; Q],
+        strides: [usize; Q],
+    ) -> Result<ViewMut<'_, Q, T>, Error> {
+        ViewMut::strided(self.data.get_mut(offset..).unwrap_or(&mut []), shape, strides)
     }
 }
 

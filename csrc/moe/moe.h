@@ -1,7 +1,8 @@
 /* The sparse feed-forward of Qwen3-Next, in four steps: route, group, up, down.
 
    The shared expert is the same with E = top_k = 1 and weights = sigmoid(x . w_shared_gate), accumulated; a dense
-   feed-forward is the same with weights NULL. Experts that no token chose are never read. */
+   feed-forward is the same with weights NULL. Experts that no token chose are never read.
+   Sizes up to T 2^24, D and F 2^22, E and top_k 65536; 0 is legal unless said. */
 #ifndef Q3N_MOE_H
 #define Q3N_MOE_H
 
@@ -9,12 +10,15 @@
 #include "../base/operator.h"
 
 /* p = softmax over all E logits; the top_k largest, ties to the lower index, in descending order; normalize: weights
-   divided by their sum. Items are tokens. A NaN among a token's logits is Q3N_NAN, and bad_token names the token. */
+   divided by their sum. Items are tokens. The order is that of the logits, so how exp rounds never moves a choice.
+   Infinite logits are limits: those at +inf share the mass evenly, -inf has weight 0, and where all are -inf all are
+   equal. A NaN among a token's logits is Q3N_NAN; that token and the later ones of the call are not routed. */
 typedef struct q3n_moe_route_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_route_args) */
   int32_t *ids;          /* [T][top_k] */
   float *weights;        /* [T][top_k] */
-  int64_t *bad_token;    /* one value, written where the status is Q3N_NAN; NULL: not wanted */
+  int64_t *bad_token;    /* one value, INT64_MAX before; each call that returns Q3N_NAN lowers it (atomically) to the
+                            first such token of its range: the lowest of all, once all ranges ran. NULL: not wanted */
   const float *logits;   /* [T][E] */
   int32_t normalize;
   int64_t logits_t;      /* stride in elements */
@@ -24,18 +28,20 @@ typedef struct q3n_moe_route_args {
 Q3N_DECLARE_OPERATOR(moe_route);
 
 /* Sorts the T * top_k (token, choice) pairs by expert, stably: order lists them as t * top_k + choice, and those of
-   expert e are order[offsets[e]] .. order[offsets[e+1]]. One item. Duplicate ids within a token are ordinary. */
+   expert e are order[offsets[e]] .. order[offsets[e+1]]. One item. Duplicate ids within a token are ordinary.
+   An id outside 0 .. E is Q3N_VALUE, and nothing is written. */
 typedef struct q3n_moe_group_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_group_args) */
   int64_t *order;        /* [T * top_k] */
   int64_t *offsets;      /* [E + 1] */
-  const int32_t *ids;    /* [T][top_k], each 0 <= id < E (else Q3N_VALUE) */
+  const int32_t *ids;    /* [T][top_k], each 0 <= id < E */
   int64_t T, E, top_k;
 } q3n_moe_group_args;
 
 Q3N_DECLARE_OPERATOR(moe_group);
 
-/* h[p] = silu(Wgate_e x_t) * (Wup_e x_t) for each pair p = (t, choice) with expert e. Items are blocks of rows of F. */
+/* h[p] = silu(Wgate_e x_t) * (Wup_e x_t) for each pair p = (t, choice) with expert e. Items are blocks of rows of F.
+   order and offsets are trusted: only group makes them. Weights may start at any address. h overlaps no input. */
 typedef struct q3n_moe_up_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_up_args) */
   float *h;              /* [T * top_k][F], contiguous */
@@ -53,7 +59,8 @@ typedef struct q3n_moe_up_args {
 
 Q3N_DECLARE_OPERATOR(moe_up);
 
-/* y_t = [y_t +] sum over choices c, in order, of weights[t][c] Wdown_e h[(t, c)]. Items are blocks of rows of D. */
+/* y_t = [y_t +] sum over choices c, in order, of weights[t][c] Wdown_e h[(t, c)]. Items are blocks of rows of D.
+   A token's result does not depend on the others, bit for bit. y overlaps no input. */
 typedef struct q3n_moe_down_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_down_args) */
   float *y;              /* [T][D] */

@@ -1,7 +1,10 @@
-/* Block formats: rows of float to and from a q3n_dtype.
+/* Block formats: rows of float to and from a q3n_dtype. Items are rows. x and y of a block type may start at any address.
 
-   Dequantising gives the values that gguf-py gives, bit for bit. Quantising rounds as the reference quantisers of
-   ggml do (nearest; Q8_0, Q4_0: absmax scale; the K types: a least-squares search over scales). f32 <-> f32 copies. */
+   Dequantising gives the values that gguf-py gives, bit for bit. Quantising: f16 and bf16 round to nearest even, past
+   the largest value to infinity, and keep NaN. Q8_0 and Q4_0 are ggml's: the absolutely largest element sets the
+   scale. The K types search scales for the least squared error and are never worse than the plain minimum-maximum
+   (Q6_K: largest element) scale. A block with a NaN or an infinity, or too large for its f16 scale, has no finite
+   scale: all of it decodes to NaN or infinity, never to wrong finite values. f32 <-> f32 copies. */
 #ifndef Q3N_QUANT_H
 #define Q3N_QUANT_H
 

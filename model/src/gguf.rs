@@ -270,7 +270,11 @@ impl std::fmt::Debug for Gguf {
 impl Gguf {
     /// Reads and checks the header of one file.
     pub fn open(path: &Path, options: Options) -> Result<Gguf, Error> {
-        let store = file::open(path, options)?;
+        Gguf::parse_store(path, file::open(path, options)?)
+    }
+
+    /// As [`Gguf::open`], of bytes that are there already; `path` names them in errors.
+    pub(crate) fn parse_store(path: &Path, store: Store) -> Result<Gguf, Error> {
         let mut gguf = Gguf {
             path: path.into(),
             store: store.clone(),

@@ -12,7 +12,11 @@ use std::path::Path;
 const ARCHITECTURE: &str = "qwen3next";
 
 pub(crate) fn load(path: &Path, options: Options, progress: &mut dyn FnMut(Progress)) -> Result<Loaded, Error> {
-    let parts = gguf::open_all(path, options)?;
+    load_parts(path, &gguf::open_all(path, options)?, progress)
+}
+
+/// A model from the opened parts of its file.
+pub(crate) fn load_parts(path: &Path, parts: &[Gguf], progress: &mut dyn FnMut(Progress)) -> Result<Loaded, Error> {
     let Some(first) = parts.first() else { return Err(Error::format(path, "has no parts")) };
     let find = |name: &str| {
         parts.iter().find_map(|part| {

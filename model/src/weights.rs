@@ -17,6 +17,8 @@ pub(crate) enum Store {
     Mapped(Arc<Mmap>),
     /// Gathered or converted at load.
     Owned(Arc<Vec<u8>>),
+    /// Part of the program.
+    Embedded(&'static [u8]),
 }
 
 impl Store {
@@ -24,6 +26,7 @@ impl Store {
         match self {
             Store::Mapped(map) => map,
             Store::Owned(bytes) => bytes,
+            Store::Embedded(bytes) => bytes,
         }
     }
 }
@@ -49,6 +52,7 @@ impl fmt::Debug for Tensor {
         let place = match self.store {
             Store::Mapped(_) => "mapped",
             Store::Owned(_) => "owned",
+            Store::Embedded(_) => "embedded",
         };
         write!(f, "Tensor({} {}x{}x{} {place})", self.dtype, self.experts, self.rows, self.cols)
     }

@@ -1,1 +1,11 @@
-//! v
+//! What makes a kernel's result believed: float64 references, shared cases, properties, and the runner that tries every
+//! variant on them. The `qwen3next` command and the tests of this crate run the same checks.
+//!
+//! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
+//! and guarded arrays, [`suite`] runs it all and prints reproducers.
+
+pub mod buffer;
+pub mod cases;
+pub mod compare;
+pub mod reference;
+pub mod suite;

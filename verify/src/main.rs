@@ -1,2 +1,67 @@
-//! m
-fn main() {}
+//! The `qwen3next` command. Results go to stdout, everything else to stderr; exit status 0 = done, 1 = a check failed,
+//! 2 = bad input.
+
+mod cli;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Verify, measure and run the operators of Qwen3-Next.
+///
+/// Without a subcommand: the tour. It verifies every operator on this machine, benches the DeltaNet variants and lets
+/// the embedded model speak, in under a minute.
+#[derive(Parser)]
+#[command(name = "qwen3next", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check every kernel against float64 references and properties.
+    Verify(cli::verify::Args),
+    /// Continue a text.
+    Generate(cli::generate::Args),
+    /// Write logits as .npy.
+    Logits(cli::logits::Args),
+    /// Perplexity of a text, and divergence from saved logits.
+    Perplexity(cli::perplexity::Args),
+    /// What is in a model.
+    Inspect(cli::inspect::Args),
+    /// Write a model of the real layer shapes with random weights.
+    Synth(cli::synth::Args),
+}
+
+/// Outcome of a command: `Failed` is a check that did not hold, an error is bad input.
+pub enum Done {
+    /// Exit status 0.
+    Ok,
+    /// Exit status 1.
+    Failed,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(cli::spelling::normalise(std::env::args()));
+    let done = match cli.command {
+        None => cli::tour::run(),
+        Some(Command::Verify(args)) => cli::verify::run(args),
+        Some(Command::Generate(args)) => cli::generate::run(args),
+        Some(Command::Logits(args)) => cli::logits::run(args),
+        Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Inspect(args)) => cli::inspect::run(args),
+        Some(Command::Synth(args)) => cli::synth::run(args),
+    };
+    match done {
+        Ok(Done::Ok) => ExitCode::SUCCESS,
+        Ok(Done::Failed) => ExitCode::from(1),
+        // A closed pipe (`qwen3next ... | head`) is the reader's wish, not an error.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,13 @@
+/* How matmul is cut into work items: blocks of rows of w. */
+#ifndef Q3N_MATMUL_BLOCK_H
+#define Q3N_MATMUL_BLOCK_H
+
+#include "matmul.h"
+
+/* Eight rows of 2048 floats are 64 KB: they stay in the second cache while every row of x passes by. */
+enum { Q3N_MATMUL_ROWS = 8 };
+
+int64_t q3n_matmul_items(const q3n_matmul_args *a);
+int64_t q3n_matmul_row_scratch(const q3n_matmul_args *a);
+
+#endif

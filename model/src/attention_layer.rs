@@ -1,0 +1,88 @@
+//! Gated full attention: projections, q and k norms, rotary embedding, KV cache, attention, output projection.
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::forward::{add_rows, project, Packed};
+use crate::weights::Attention;
+use qwen3next_kernels::attention::{self, Kv};
+use qwen3next_kernels::{norm, rope, Exec, View, ViewMut};
+
+/// x += layer(normed). `keys` and `values` are the caches, `[slots][S][HKV][D]`.
+pub(crate) fn add(
+    config: &Config,
+    w: &Attention,
+    keys: &mut [f32],
+    values: &mut [f32],
+    packed: &Packed,
+    normed: &[f32],
+    x: &mut [f32],
+) -> Result<(), Error> {
+    let a = &config.attention;
+    let (t, hq, hkv, d) = (packed.tokens, a.heads, a.kv_heads, a.head_dim);
+    let entry = packed.capacity * hkv * d;
+    let slots = keys.len() / entry.max(1);
+
+    // Per head the D channels of q, then the D channels of the gate.
+    let mut qg = vec![0.0f32; t * hq * 2 * d];
+    project(&w.q, normed, &mut qg)?;
+    let mut k = vec![0.0f32; t * hkv * d];
+    project(&w.k, normed, &mut k)?;
+    let mut v = vec![0.0f32; t * hkv * d];
+    project(&w.v, normed, &mut v)?;
+
+    prepare(config, &mut qg, [t, hq, d], 2 * d, &w.q_norm, packed)?;
+    prepare(config, &mut k, [t, hkv, d], d, &w.k_norm, packed)?;
+
+    let row = hkv * d;
+    for (b, &slot) in packed.slots.iter().enumerate() {
+        for i in packed.cu_seqlens[b] as usize..packed.cu_seqlens[b + 1] as usize {
+            let to = slot as usize * entry + packed.positions[i] as usize * row;
+            keys[to..to + row].copy_from_slice(&k[i * row..(i + 1) * row]);
+            values[to..to + row].copy_from_slice(&v[i * row..(i + 1) * row]);
+        }
+    }
+
+    let mut o = vec![0.0f32; t * hq * d];
+    let cache = [slots, packed.capacity, hkv, d];
+    let strides = [t * hq * 2 * d, hq * 2 * d, 2 * d, 1];
+    attention::run_split(
+        attention::Args {
+            o: ViewMut::new(&mut o, [1, t, hq, d])?,
+            lse: None,
+            q: View::strided(&qg, [1, t, hq, d], strides)?,
+            k: Kv::F32(View::new(keys, cache)?),
+            v: Kv::F32(View::new(values, cache)?),
+            gate: Some(View::strided(&qg[d..], [1, t, hq, d], strides)?),
+            mask: None,
+            sinks: None,
+            slot: Some(&packed.slots),
+            kv_len: Some(&packed.lengths),
+            cu_seqlens: Some(&packed.cu_seqlens),
+            causal: true,
+            scale: (1.0 / (d as f64).sqrt()) as f32,
+            window: None,
+        },
+        &Exec::default(),
+    )?;
+    let mut y = vec![0.0f32; x.len()];
+    project(&w.o, &o, &mut y)?;
+    add_rows(x, &y);
+    Ok(())
+}
+
+/// Norms and rotates every head in place; heads lie `stride` apart.
+fn prepare(
+    config: &Config,
+    heads: &mut [f32],
+    shape: [usize; 3],
+    stride: usize,
+    w: &[f32],
+    packed: &Packed,
+) -> Result<(), Error> {
+    let (a, strides) = (&config.attention, [shape[1] * stride, stride, 1]);
+    let y = ViewMut::strided(heads, shape, strides)?;
+    norm::run(norm::Args { y, x: None, kind: norm::Kind::Rms(Some(w)), eps: config.norm_eps }, &Exec::default())?;
+    let y = ViewMut::strided(heads, shape, strides)?;
+    let args = rope::Args { y, x: None, pos: &packed.positions, base: a.rope_base, rotary: a.rotary };
+    Ok(rope::run(args, &Exec::default())?)
+}

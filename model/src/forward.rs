@@ -1,0 +1,388 @@
+//! The forward pass: tokens in, logits out, for any cut of a batch into ubatches.
+
+use crate::attention_layer;
+use crate::config::Config;
+use crate::delta_layer;
+use crate::error::Error;
+use crate::moe_layer;
+use crate::state::{LayerState, State};
+use crate::weights::{Mixer, Tensor, Weights};
+use qwen3next_kernels::quant::dequantize;
+use qwen3next_kernels::{gated_delta, matmul, norm, Exec, Operator, Variant, View, ViewMut, Weight};
+
+/// Which implementation of the delta rule runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FusedDelta {
+    /// 0: the graph of primitive operators with a triangular solve in it, the strict baseline.
+    Never,
+    /// 1: the fused kernels where a sequence has more than one token in the ubatch.
+    Prefill,
+    /// 2: the fused kernels.
+    #[default]
+    Always,
+}
+
+impl FusedDelta {
+    /// From the number on the command line.
+    pub fn from_number(number: u32) -> Option<FusedDelta> {
+        [FusedDelta::Never, FusedDelta::Prefill, FusedDelta::Always].get(number as usize).copied()
+    }
+}
+
+/// How a forward pass runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Tokens that go through the layers together, at least 1.
+    pub ubatch: usize,
+    /// Implementation of the delta rule.
+    pub fused_delta: FusedDelta,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { ubatch: 512, fused_delta: FusedDelta::default() }
+    }
+}
+
+/// Tokens to read, by sequence, and which of them should yield logits.
+#[derive(Debug, Clone, Default)]
+pub struct Batch<'a> {
+    spans: Vec<Span<'a>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Span<'a> {
+    slot: usize,
+    tokens: &'a [u32],
+    /// The first token whose logits are wanted.
+    from: usize,
+}
+
+impl<'a> Batch<'a> {
+    /// These tokens after what `slot` has read; logits of the last one.
+    pub fn one(slot: usize, tokens: &'a [u32]) -> Self {
+        Batch::default().and(slot, tokens)
+    }
+
+    /// Also these tokens in another slot; logits of the last one.
+    pub fn and(mut self, slot: usize, tokens: &'a [u32]) -> Self {
+        self.spans.push(Span { slot, tokens, from: tokens.len().saturating_sub(1) });
+        self
+    }
+
+    /// Logits from this position (within the tokens given) on, in the sequence added last; 0 is all.
+    pub fn logits_from(mut self, from: usize) -> Self {
+        if let Some(span) = self.spans.last_mut() {
+            span.from = from.min(span.tokens.len());
+        }
+        self
+    }
+
+    /// Rows of logits that this batch yields.
+    pub fn rows(&self) -> usize {
+        self.spans.iter().map(|s| s.tokens.len() - s.from).sum()
+    }
+}
+
+/// Tokens of one ubatch that belong to one sequence.
+#[derive(Debug, Clone, Copy)]
+struct Piece<'a> {
+    slot: usize,
+    tokens: &'a [u32],
+    from: usize,
+}
+
+/// A ubatch as the layers see it: the tokens of all its sequences packed into one row.
+pub(crate) struct Packed {
+    /// Tokens.
+    pub tokens: usize,
+    /// `[B + 1]`: where each sequence's tokens start.
+    pub cu_seqlens: Vec<i64>,
+    /// `[B]`: state slot of each sequence.
+    pub slots: Vec<i64>,
+    /// `[T]`: position of each token in its sequence.
+    pub positions: Vec<i64>,
+    /// `[B]`: tokens in the sequence once these are read.
+    pub lengths: Vec<i64>,
+    /// Tokens a slot of the KV caches holds.
+    pub capacity: usize,
+    /// The states after every token are wanted, for a rollback.
+    pub steps: bool,
+    /// Variant of the delta rule, where not the one that dispatch picks.
+    pub delta: Exec<gated_delta::Op>,
+}
+
+/// A model ready to run.
+pub struct Model {
+    config: Config,
+    weights: Weights,
+}
+
+impl Model {
+    /// A model of loaded weights.
+    pub fn new(config: Config, weights: Weights) -> Model {
+        Model { config, weights }
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Its weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// Reads a batch and returns the wanted logits, `[rows][vocab]`, sequence by sequence.
+    ///
+    /// Errors: a token outside the vocabulary, a slot that does not exist, is full or comes twice, an empty sequence
+    /// (nothing has been read then); a NaN among router logits (the slots of the batch must then be cleared or restored).
+    pub fn forward(&self, state: &mut State, batch: &Batch, options: &Options) -> Result<Vec<f32>, Error> {
+        let mut logits = Vec::new();
+        self.forward_each(state, batch, options, |rows| {
+            logits.extend_from_slice(rows);
+            Ok::<(), Error>(())
+        })?;
+        Ok(logits)
+    }
+
+    /// As [`Model::forward`], handing over the logits ubatch by ubatch.
+    pub fn forward_each<E: From<Error>>(
+        &self,
+        state: &mut State,
+        batch: &Batch,
+        options: &Options,
+        mut each: impl FnMut(&[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.check(state, batch, options)?;
+        batch.spans.iter().for_each(|span| state.begin(span.slot));
+        for pieces in cut(batch, options.ubatch, state.depth()) {
+            let slots: Vec<usize> = pieces.iter().map(|p| p.slot).collect();
+            let logits = match self.ubatch(state, &pieces, options) {
+                Ok(logits) => logits,
+                Err(e) => {
+                    slots.into_iter().for_each(|slot| state.spoil(slot));
+                    return Err(e.into());
+                }
+            };
+            if !logits.is_empty() {
+                each(&logits)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, state: &State, batch: &Batch, options: &Options) -> Result<(), Error> {
+        if options.ubatch == 0 {
+            return Err(Error::argument("ubatch", "is 0, expected at least 1"));
+        }
+        state.expect_model(&self.config)?;
+        for (i, span) in batch.spans.iter().enumerate() {
+            state.expect_room(span.slot, span.tokens.len())?;
+            if span.tokens.is_empty() {
+                return Err(Error::argument("tokens", format!("of slot {} are empty", span.slot)));
+            }
+            if batch.spans[..i].iter().any(|other| other.slot == span.slot) {
+                return Err(Error::argument("slot", format!("{} comes twice in the batch", span.slot)));
+            }
+            if let Some(&id) = span.tokens.iter().find(|&&t| t as usize >= self.config.vocab) {
+                return Err(Error::Token { id, vocab: self.config.vocab });
+            }
+        }
+        Ok(())
+    }
+
+    fn ubatch(&self, state: &mut State, pieces: &[Piece], options: &Options) -> Result<Vec<f32>, Error> {
+        let packed = pack(state, pieces, options)?;
+        let (n, width) = (packed.tokens, self.config.hidden);
+        let mut x = self.embed(pieces, n)?;
+        let mut normed = vec![0.0f32; n * width];
+        let mut steps: Vec<Vec<f32>> = vec![Vec::new(); if packed.steps { n } else { 0 }];
+        for (layer, memory) in self.weights.layers.iter().zip(&mut state.layers) {
+            norm_rows(&mut normed, &x, width, &layer.attn_norm, self.config.norm_eps)?;
+            match (&layer.mixer, memory) {
+                (Mixer::Delta(w), LayerState::Delta { conv, delta }) => {
+                    delta_layer::add(&self.config, w, conv, delta, &packed, &normed, &mut x, &mut steps)?;
+                }
+                (Mixer::Attention(w), LayerState::Attention { k, v }) => {
+                    attention_layer::add(&self.config, w, k, v, &packed, &normed, &mut x)?;
+                }
+                _ => return Err(Error::argument("state", "is of a model with other layer kinds")),
+            }
+            norm_rows(&mut normed, &x, width, &layer.post_attention_norm, self.config.norm_eps)?;
+            moe_layer::add(&self.config, &layer.ffn, &normed, &mut x)?;
+        }
+        for (b, piece) in pieces.iter().enumerate() {
+            let (begin, end) = (packed.cu_seqlens[b] as usize, packed.cu_seqlens[b + 1] as usize);
+            let own =
+                if packed.steps { steps[begin..end].iter_mut().map(std::mem::take).collect() } else { Vec::new() };
+            state.advance(piece.slot, piece.tokens.len(), own);
+        }
+        self.logits(pieces, &x)
+    }
+
+    fn embed(&self, pieces: &[Piece], n: usize) -> Result<Vec<f32>, Error> {
+        let width = self.config.hidden;
+        let table = &self.weights.token_embd;
+        let mut x = vec![0.0f32; n * width];
+        let ids = pieces.iter().flat_map(|p| p.tokens);
+        for (row, &id) in x.chunks_exact_mut(width).zip(ids) {
+            let bytes = table.bytes().get(id as usize * table.row_bytes()..).unwrap_or(&[]);
+            let one = Weight::new(bytes, table.dtype(), [1, width])?;
+            dequantize::run(dequantize::Args { y: ViewMut::new(row, [1, width])?, x: one }, &Exec::default())?;
+        }
+        Ok(x)
+    }
+
+    fn logits(&self, pieces: &[Piece], x: &[f32]) -> Result<Vec<f32>, Error> {
+        let (width, vocab) = (self.config.hidden, self.config.vocab);
+        let mut rows = Vec::new();
+        let mut at = 0;
+        for piece in pieces {
+            rows.extend_from_slice(&x[(at + piece.from) * width..(at + piece.tokens.len()) * width]);
+            at += piece.tokens.len();
+        }
+        let n = rows.len() / width;
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        let mut normed = vec![0.0f32; n * width];
+        norm_rows(&mut normed, &rows, width, &self.weights.output_norm, self.config.norm_eps)?;
+        let mut logits = vec![0.0f32; n * vocab];
+        project(&self.weights.output, &normed, &mut logits)?;
+        Ok(logits)
+    }
+}
+
+/// Cuts a batch into ubatches of at most `size` tokens. Where states are kept for a rollback by `depth` tokens, a
+/// sequence's last `depth` tokens stand apart, so that only those ubatches store a state a token.
+fn cut<'a>(batch: &Batch<'a>, size: usize, depth: usize) -> Vec<Vec<Piece<'a>>> {
+    let mut ubatches: Vec<Vec<Piece>> = Vec::new();
+    let mut room = 0;
+    let mut add = |slot, tokens: &'a [u32], from: usize, fresh: bool| {
+        let mut at = 0;
+        while at < tokens.len() {
+            if room == 0 || (fresh && at == 0) {
+                ubatches.push(Vec::new());
+                room = size;
+            }
+            let take = room.min(tokens.len() - at);
+            let piece = Piece { slot, tokens: &tokens[at..at + take], from: from.clamp(at, at + take) - at };
+            if let Some(last) = ubatches.last_mut() {
+                last.push(piece);
+            }
+            at += take;
+            room -= take;
+        }
+    };
+    if depth == 0 {
+        batch.spans.iter().for_each(|s| add(s.slot, s.tokens, s.from, false));
+        return ubatches;
+    }
+    let split = |s: &Span| s.tokens.len().saturating_sub(depth);
+    for (i, s) in batch.spans.iter().enumerate() {
+        add(s.slot, &s.tokens[..split(s)], s.from.min(split(s)), i == 0);
+    }
+    for (i, s) in batch.spans.iter().enumerate() {
+        add(s.slot, &s.tokens[split(s)..], s.from.saturating_sub(split(s)), i == 0);
+    }
+    ubatches
+}
+
+fn pack(state: &State, pieces: &[Piece], options: &Options) -> Result<Packed, Error> {
+    let mut packed = Packed {
+        tokens: 0,
+        cu_seqlens: vec![0],
+        slots: Vec::new(),
+        positions: Vec::new(),
+        lengths: Vec::new(),
+        capacity: state.capacity(),
+        steps: state.depth() > 0 && pieces.iter().all(|p| p.tokens.len() <= state.depth()),
+        delta: Exec::default(),
+    };
+    let mut longest = 0;
+    for piece in pieces {
+        let before = state.len(piece.slot)?;
+        packed.tokens += piece.tokens.len();
+        longest = longest.max(piece.tokens.len());
+        packed.cu_seqlens.push(packed.tokens as i64);
+        packed.slots.push(piece.slot as i64);
+        packed.positions.extend((before..before + piece.tokens.len()).map(|p| p as i64));
+        packed.lengths.push((before + piece.tokens.len()) as i64);
+    }
+    let fused = match options.fused_delta {
+        FusedDelta::Never => false,
+        FusedDelta::Prefill => longest > 1,
+        FusedDelta::Always => true,
+    };
+    if !fused {
+        packed.delta = Exec::variant(unfused()?);
+    }
+    Ok(packed)
+}
+
+/// The variant of the delta rule that is composed of primitive operators.
+fn unfused() -> Result<Variant<gated_delta::Op>, Error> {
+    gated_delta::Op::variants()
+        .into_iter()
+        .find(|v| v.name().starts_with("unfused") && v.isa().available())
+        .ok_or_else(|| Error::argument("fused_delta", "0 and 1 need the variant `unfused`, which is not built in"))
+}
+
+/// RMS norm of packed rows.
+pub(crate) fn norm_rows(y: &mut [f32], x: &[f32], width: usize, w: &[f32], eps: f32) -> Result<(), Error> {
+    let shape = [x.len() / width, 1, width];
+    let args =
+        norm::Args { y: ViewMut::new(y, shape)?, x: Some(View::new(x, shape)?), kind: norm::Kind::Rms(Some(w)), eps };
+    Ok(norm::run(args, &Exec::default())?)
+}
+
+/// y = x Wᵀ for packed rows.
+pub(crate) fn project(w: &Tensor, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
+    let rows = x.len() / w.cols().max(1);
+    let args = matmul::Args {
+        y: ViewMut::new(y, [rows, w.rows()])?,
+        x: View::new(x, [rows, w.cols()])?,
+        w: Weight::new(w.bytes(), w.dtype(), [w.rows(), w.cols()])?,
+    };
+    Ok(matmul::run(args, &Exec::default())?)
+}
+
+/// x += y.
+pub(crate) fn add_rows(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+/// 1 / (1 + e⁻ˣ).
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ubatches_hold_every_token_once_and_in_order() {
+        let (a, b, c): (Vec<u32>, Vec<u32>, Vec<u32>) = ((0..7).collect(), (10..11).collect(), (20..33).collect());
+        for size in [1, 2, 3, 5, 100] {
+            for depth in [0, 1, 4, 50] {
+                let batch = Batch::one(2, &a).logits_from(3).and(0, &b).and(1, &c).logits_from(0);
+                let ubatches = cut(&batch, size, depth);
+                for (slot, want, from) in [(2, &a, 3), (0, &b, 0), (1, &c, 0)] {
+                    let pieces: Vec<&Piece> = ubatches.iter().flatten().filter(|p| p.slot == slot).collect();
+                    let got: Vec<u32> = pieces.iter().flat_map(|p| p.tokens).copied().collect();
+                    assert_eq!(&got, want);
+                    let logits: Vec<u32> = pieces.iter().flat_map(|p| &p.tokens[p.from..]).copied().collect();
+                    assert_eq!(logits, want[from..]);
+                }
+                for u in &ubatches {
+                    assert!(u.iter().map(|p| p.tokens.len()).sum::<usize>() <= size);
+                    assert!(u.iter().all(|p| !p.tokens.is_empty()));
+                    assert!((0..3).all(|slot| u.iter().filter(|p| p.slot == slot).count() <= 1));
+                }
+            }
+        }
+    }
+}

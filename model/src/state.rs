@@ -1,0 +1,327 @@
+//! What a model remembers of its sequences: KV caches of the attention layers, convolution windows and recurrent
+//! states of the DeltaNet layers, for a fixed number of sequence slots.
+
+use crate::config::{Config, LayerKind};
+use crate::error::Error;
+use std::collections::VecDeque;
+
+/// Memory of `slots` sequences of up to `capacity` tokens. All layouts are the kernels': innermost axis last.
+#[derive(Debug, Clone)]
+pub struct State {
+    /// A cache or a recurrent state for every layer of the model.
+    pub(crate) layers: Vec<LayerState>,
+    /// Tokens that each slot has read.
+    lengths: Vec<usize>,
+    capacity: usize,
+    /// How many tokens back a slot can be rolled.
+    depth: usize,
+    /// For each slot the recurrent states after its last tokens, oldest first; as many as `depth` + 1.
+    history: Vec<VecDeque<Checkpoint>>,
+    /// Slots whose last batch failed halfway: their layers disagree on how many tokens they have read.
+    spoilt: Vec<bool>,
+    sizes: Sizes,
+}
+
+/// The state of one layer.
+#[derive(Debug, Clone)]
+pub(crate) enum LayerState {
+    /// `[slots][W-1 window of every channel]` and `[slots][HV][V][K]`.
+    Delta { conv: Vec<f32>, delta: Vec<f32> },
+    /// `[slots][capacity][HKV][D]` each.
+    Attention { k: Vec<f32>, v: Vec<f32> },
+}
+
+/// Elements of one slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Sizes {
+    conv: usize,
+    delta: usize,
+    kv: usize,
+    layers: usize,
+}
+
+impl Sizes {
+    fn of(config: &Config) -> Sizes {
+        let (d, a) = (&config.delta, &config.attention);
+        Sizes {
+            conv: d.conv_channels() * (d.conv_width - 1),
+            delta: d.v_heads * d.v_dim * d.k_dim,
+            kv: a.kv_heads * a.head_dim,
+            layers: config.layers.len(),
+        }
+    }
+}
+
+/// The recurrent part of one slot after `length` tokens: conv then delta state of every DeltaNet layer.
+#[derive(Debug, Clone)]
+struct Checkpoint {
+    length: usize,
+    values: Vec<f32>,
+}
+
+/// Everything one slot remembers, apart from its slot: can be put back into any slot of a state of the same model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Snapshot {
+    length: usize,
+    /// Per layer: conv then delta state, or the keys then the values of `length` tokens.
+    layers: Vec<Vec<f32>>,
+}
+
+impl Snapshot {
+    /// Tokens the sequence had read.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// No token had been read.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+}
+
+impl State {
+    /// Empty memory for `slots` sequences of up to `capacity` tokens. Errors where it would not fit an address space.
+    pub fn new(config: &Config, slots: usize, capacity: usize) -> Result<State, Error> {
+        let sizes = Sizes::of(config);
+        let room = |per_slot: Option<usize>| {
+            let n = per_slot.and_then(|n| n.checked_mul(slots)).filter(|&n| n <= isize::MAX as usize / 8);
+            let n = n.ok_or_else(|| {
+                Error::argument("context", format!("{slots} slots of {capacity} tokens are too large"))
+            })?;
+            let mut values = Vec::new();
+            let bytes = 4 * n;
+            values.try_reserve_exact(n).map_err(|_| {
+                Error::argument("context", format!("no memory for {bytes} bytes of state in one layer"))
+            })?;
+            values.resize(n, 0.0f32);
+            Ok::<_, Error>(values)
+        };
+        let layers = config
+            .layers
+            .iter()
+            .map(|kind| {
+                Ok(match kind {
+                    LayerKind::Delta => {
+                        LayerState::Delta { conv: room(Some(sizes.conv))?, delta: room(Some(sizes.delta))? }
+                    }
+                    LayerKind::Attention => {
+                        let n = sizes.kv.checked_mul(capacity);
+                        LayerState::Attention { k: room(n)?, v: room(n)? }
+                    }
+                })
+            })
+            .collect::<Result<_, Error>>()?;
+        Ok(State {
+            layers,
+            lengths: vec![0; slots],
+            capacity,
+            depth: 0,
+            history: vec![VecDeque::new(); slots],
+            spoilt: vec![false; slots],
+            sizes,
+        })
+    }
+
+    /// Lets every slot be rolled back by up to `depth` tokens that are read from now on (0, the default: not at all).
+    /// Costs depth + 1 copies of the recurrent state a slot in use.
+    pub fn keep_history(&mut self, depth: usize) {
+        self.depth = depth;
+        self.history.iter_mut().for_each(VecDeque::clear);
+    }
+
+    /// Tokens a slot can be rolled back by, at most.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Sequence slots.
+    pub fn slots(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Tokens a slot can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Tokens that `slot` has read.
+    pub fn len(&self, slot: usize) -> Result<usize, Error> {
+        self.lengths.get(slot).copied().ok_or_else(|| self.no_slot(slot))
+    }
+
+    /// `slot` has read no token.
+    pub fn is_empty(&self, slot: usize) -> Result<bool, Error> {
+        Ok(self.len(slot)? == 0)
+    }
+
+    /// Forgets a sequence.
+    pub fn clear(&mut self, slot: usize) -> Result<(), Error> {
+        self.len(slot)?;
+        self.lengths[slot] = 0;
+        self.spoilt[slot] = false;
+        self.history[slot].clear();
+        for layer in &mut self.layers {
+            if let LayerState::Delta { conv, delta } = layer {
+                part_mut(conv, slot, self.sizes.conv).fill(0.0);
+                part_mut(delta, slot, self.sizes.delta).fill(0.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what a slot remembers.
+    pub fn snapshot(&self, slot: usize) -> Result<Snapshot, Error> {
+        let length = self.usable(slot)?;
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| match layer {
+                LayerState::Delta { conv, delta } => {
+                    [part(conv, slot, self.sizes.conv), part(delta, slot, self.sizes.delta)].concat()
+                }
+                LayerState::Attention { k, v } => {
+                    let used = length * self.sizes.kv;
+                    let cache = self.capacity * self.sizes.kv;
+                    [&part(k, slot, cache)[..used], &part(v, slot, cache)[..used]].concat()
+                }
+            })
+            .collect();
+        Ok(Snapshot { length, layers })
+    }
+
+    /// Puts a snapshot into a slot. Errors: more tokens than the capacity, or a snapshot of another model.
+    pub fn restore(&mut self, slot: usize, snapshot: &Snapshot) -> Result<(), Error> {
+        self.len(slot)?;
+        if snapshot.length > self.capacity {
+            let why = format!("holds {} tokens, the state has room for {}", snapshot.length, self.capacity);
+            return Err(Error::argument("snapshot", why));
+        }
+        let used = snapshot.length * self.sizes.kv;
+        let fits = snapshot.layers.len() == self.sizes.layers
+            && self.layers.iter().zip(&snapshot.layers).all(|(layer, values)| match layer {
+                LayerState::Delta { .. } => values.len() == self.sizes.conv + self.sizes.delta,
+                LayerState::Attention { .. } => values.len() == 2 * used,
+            });
+        if !fits {
+            return Err(Error::argument("snapshot", "is of a model of other sizes"));
+        }
+        for (layer, values) in self.layers.iter_mut().zip(&snapshot.layers) {
+            match layer {
+                LayerState::Delta { conv, delta } => {
+                    part_mut(conv, slot, self.sizes.conv).copy_from_slice(&values[..self.sizes.conv]);
+                    part_mut(delta, slot, self.sizes.delta).copy_from_slice(&values[self.sizes.conv..]);
+                }
+                LayerState::Attention { k, v } => {
+                    let cache = self.capacity * self.sizes.kv;
+                    part_mut(k, slot, cache)[..used].copy_from_slice(&values[..used]);
+                    part_mut(v, slot, cache)[..used].copy_from_slice(&values[used..]);
+                }
+            }
+        }
+        self.lengths[slot] = snapshot.length;
+        self.spoilt[slot] = false;
+        self.history[slot].clear();
+        Ok(())
+    }
+
+    /// Takes back the last `tokens` tokens of a slot: KV length, convolution windows and recurrent states.
+    pub fn rollback(&mut self, slot: usize, tokens: usize) -> Result<(), Error> {
+        let length = self.usable(slot)?;
+        if tokens == 0 {
+            return Ok(());
+        }
+        let target = length.checked_sub(tokens);
+        let Some(at) = target.and_then(|t| self.history[slot].iter().position(|c| c.length == t)) else {
+            let kept = self.history[slot].front().map_or(0, |c| length - c.length);
+            return Err(Error::argument("tokens", format!("is {tokens}, slot {slot} can be rolled back by {kept}")));
+        };
+        self.history[slot].truncate(at + 1);
+        let checkpoint = &self.history[slot][at];
+        let mut from = 0;
+        for layer in &mut self.layers {
+            if let LayerState::Delta { conv, delta } = layer {
+                let (c, d) = (self.sizes.conv, self.sizes.delta);
+                part_mut(conv, slot, c).copy_from_slice(&checkpoint.values[from..from + c]);
+                part_mut(delta, slot, d).copy_from_slice(&checkpoint.values[from + c..from + c + d]);
+                from += c + d;
+            }
+        }
+        self.lengths[slot] = checkpoint.length;
+        Ok(())
+    }
+
+    /// `slot` exists and has room for `tokens` more.
+    pub(crate) fn expect_room(&self, slot: usize, tokens: usize) -> Result<(), Error> {
+        let length = self.usable(slot)?;
+        if tokens > self.capacity - length {
+            let why =
+                format!("slot {slot} has read {length} tokens, {tokens} more exceed its capacity of {}", self.capacity);
+            return Err(Error::argument("tokens", why));
+        }
+        Ok(())
+    }
+
+    /// Before tokens are read into `slot`: remembers where it stands, if it must be able to go back there.
+    pub(crate) fn begin(&mut self, slot: usize) {
+        let length = self.lengths[slot];
+        if self.depth == 0 || self.history[slot].back().is_some_and(|c| c.length == length) {
+            return;
+        }
+        let mut values = Vec::new();
+        for layer in &self.layers {
+            if let LayerState::Delta { conv, delta } = layer {
+                values.extend_from_slice(part(conv, slot, self.sizes.conv));
+                values.extend_from_slice(part(delta, slot, self.sizes.delta));
+            }
+        }
+        self.history[slot].clear();
+        self.history[slot].push_back(Checkpoint { length, values });
+    }
+
+    /// After `slot` has read `tokens` tokens. `steps` holds, for each of them, the recurrent values as in [`Checkpoint`];
+    /// empty where no history is kept.
+    pub(crate) fn advance(&mut self, slot: usize, tokens: usize, steps: Vec<Vec<f32>>) {
+        let length = self.lengths[slot];
+        self.lengths[slot] += tokens;
+        for (i, values) in steps.into_iter().enumerate() {
+            self.history[slot].push_back(Checkpoint { length: length + i + 1, values });
+        }
+        while self.history[slot].len() > self.depth + 1 {
+            self.history[slot].pop_front();
+        }
+    }
+
+    /// The layers of `slot` no longer agree on what was read.
+    pub(crate) fn spoil(&mut self, slot: usize) {
+        self.spoilt[slot] = true;
+    }
+
+    /// This is memory of a model of these sizes.
+    pub(crate) fn expect_model(&self, config: &Config) -> Result<(), Error> {
+        if self.sizes == Sizes::of(config) {
+            return Ok(());
+        }
+        Err(Error::argument("state", "is of a model of other sizes"))
+    }
+
+    /// Length of a slot whose last batch was read to its end.
+    fn usable(&self, slot: usize) -> Result<usize, Error> {
+        let length = self.len(slot)?;
+        if self.spoilt[slot] {
+            return Err(Error::argument("slot", format!("{slot} failed halfway through a batch: clear or restore it")));
+        }
+        Ok(length)
+    }
+
+    fn no_slot(&self, slot: usize) -> Error {
+        Error::argument("slot", format!("is {slot}, the state has {}", self.slots()))
+    }
+}
+
+fn part(values: &[f32], slot: usize, size: usize) -> &[f32] {
+    &values[slot * size..(slot + 1) * size]
+}
+
+fn part_mut(values: &mut [f32], slot: usize, size: usize) -> &mut [f32] {
+    &mut values[slot * size..(slot + 1) * size]
+}

@@ -1,0 +1,135 @@
+//! Strided arrays for the kernels under test: inputs whose gaps hold NaN, outputs that are poisoned before the call and
+//! lie between guard zones, so that a stray read or write shows.
+
+use crate::compare::Failure;
+use qwen3next_kernels::{Error, View, ViewMut};
+
+/// What outputs and gaps hold before a call: a NaN with a payload no arithmetic makes.
+pub const POISON: u32 = 0x7fc0_dead;
+
+/// Elements of guard zone before and after an output.
+const GUARD: usize = 64;
+
+crate::choice! {
+    /// How an array lies in its buffer.
+    pub enum Layout {
+        /// Row-major without gaps.
+        Packed = "packed",
+        /// Every axis has three elements of gap, and the first element is misaligned.
+        Gaps = "gaps",
+    }
+}
+
+impl Layout {
+    fn strides<const R: usize>(self, shape: [usize; R]) -> [usize; R] {
+        let mut strides = [1; R];
+        for i in (0..R.saturating_sub(1)).rev() {
+            let gap = if self == Layout::Gaps { 3 } else { 0 };
+            strides[i] = strides[i + 1] * shape[i + 1].max(1) + gap;
+        }
+        strides
+    }
+    fn offset(self) -> usize {
+        usize::from(self == Layout::Gaps)
+    }
+}
+
+fn extent<const R: usize>(shape: [usize; R], strides: [usize; R]) -> usize {
+    if shape.contains(&0) {
+        return 0;
+    }
+    1 + shape.iter().zip(strides).map(|(&n, s)| (n - 1) * s).sum::<usize>()
+}
+
+/// Offsets of all elements of a view, in row-major order.
+fn offsets<const R: usize>(shape: [usize; R], strides: [usize; R]) -> Vec<usize> {
+    let mut list = vec![0];
+    for (&n, s) in shape.iter().zip(strides) {
+        list = list.iter().flat_map(|&base| (0..n).map(move |i| base + i * s)).collect();
+    }
+    list
+}
+
+/// An input array of `R` axes.
+#[derive(Debug, Clone)]
+pub struct Input<const R: usize> {
+    buffer: Vec<f32>,
+    shape: [usize; R],
+    strides: [usize; R],
+    offset: usize,
+}
+
+impl<const R: usize> Input<R> {
+    /// Lays out `packed` (row-major, of `shape`); gaps hold poison.
+    pub fn new(packed: &[f32], shape: [usize; R], layout: Layout) -> Self {
+        assert_eq!(packed.len(), shape.iter().product::<usize>());
+        let (strides, offset) = (layout.strides(shape), layout.offset());
+        let mut buffer = vec![f32::from_bits(POISON); offset + extent(shape, strides)];
+        for (&x, at) in packed.iter().zip(offsets(shape, strides)) {
+            buffer[offset + at] = x;
+        }
+        Input { buffer, shape, strides, offset }
+    }
+
+    /// The view to pass to the kernel.
+    pub fn view(&self) -> View<'_, R> {
+        View::strided(&self.buffer[self.offset..], self.shape, self.strides).expect("laid out for this view")
+    }
+}
+
+/// An output array of `R` axes between guard zones.
+#[derive(Debug, Clone)]
+pub struct Output<const R: usize> {
+    buffer: Vec<f32>,
+    shape: [usize; R],
+    strides: [usize; R],
+    start: usize,
+}
+
+impl<const R: usize> Output<R> {
+    /// A poisoned output.
+    pub fn new(shape: [usize; R], layout: Layout) -> Self {
+        let strides = layout.strides(shape);
+        let start = GUARD + layout.offset();
+        let buffer = vec![f32::from_bits(POISON); start + extent(shape, strides) + GUARD];
+        Output { buffer, shape, strides, start }
+    }
+
+    /// An output that starts with these contents (for in-place calls and pools).
+    pub fn with(packed: &[f32], shape: [usize; R], layout: Layout) -> Self {
+        let mut out = Output::new(shape, layout);
+        assert_eq!(packed.len(), shape.iter().product::<usize>());
+        for (&x, at) in packed.iter().zip(offsets(shape, out.strides)) {
+            out.buffer[out.start + at] = x;
+        }
+        out
+    }
+
+    /// The view to pass to the kernel.
+    pub fn view(&mut self) -> ViewMut<'_, R> {
+        self.try_view().expect("laid out for this view")
+    }
+
+    fn try_view(&mut self) -> Result<ViewMut<'_, R>, Error> {
+        let end = self.buffer.len() - GUARD;
+        ViewMut::strided(&mut self.buffer[self.start..end], self.shape, self.strides)
+    }
+
+    /// The elements, packed. Fails where the kernel wrote outside the view or left an element unwritten.
+    pub fn read(&self, what: &str) -> Result<Vec<f32>, Failure> {
+        let at = offsets(self.shape, self.strides);
+        let mut inside = vec![false; self.buffer.len()];
+        at.iter().for_each(|&i| inside[self.start + i] = true);
+        if let Some(i) = (0..inside.len()).find(|&i| !inside[i] && self.buffer[i].to_bits() != POISON) {
+            return Err(Failure::new(format!(
+                "{what}: wrote outside the array, {} elements from its first",
+                i as i64 - self.start as i64
+            )));
+        }
+        let values: Vec<f32> = at.iter().map(|&i| self.buffer[self.start + i]).collect();
+        match values.iter().position(|x| x.to_bits() == POISON) {
+            Some(i) => Err(Failure::new(format!("{what}: element {i} of shape {:?} was left unwritten", self.shape))),
+            None => Ok(values),
+        }
+    }
+}

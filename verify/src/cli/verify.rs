@@ -1,0 +1,166 @@
+//! `qwen3next verify`: every variant of every operator on shared cases; failures print how to repeat them.
+
+use crate::Done;
+use anyhow::{bail, Context};
+use qwen3next_kernels::Isa;
+use qwen3next_verify::cases;
+use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
+use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only this operator.
+    #[arg(long)]
+    op: Option<String>,
+    /// Where kernels run: cpu (all there is until the CUDA kernels land).
+    #[arg(long, default_value = "cpu")]
+    backend: String,
+    /// Only variants of this instruction set.
+    #[arg(long)]
+    isa: Option<String>,
+    /// Only this variant.
+    #[arg(long)]
+    variant: Option<String>,
+    /// Only this check.
+    #[arg(long)]
+    check: Option<String>,
+    /// Only this case, as a failure prints it.
+    #[arg(long)]
+    case: Option<String>,
+    /// Random cases a check and variant, beside the fixed grid.
+    #[arg(long, default_value_t = 24)]
+    cases: usize,
+    /// Seed of inputs and random cases.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Every fifth case of the grid, few random ones.
+    #[arg(long)]
+    quick: bool,
+    /// Also write the results to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+pub fn run(args: Args) -> anyhow::Result<Done> {
+    if !["cpu", "all"].contains(&args.backend.as_str()) {
+        bail!("--backend {}: not built in; expected cpu or all", args.backend);
+    }
+    let entries = chosen(args.op.as_deref())?;
+    if args.op.is_none() && (args.variant.is_some() || args.check.is_some() || args.case.is_some()) {
+        bail!("--variant, --check and --case belong to one operator: give --op");
+    }
+    let isa = match &args.isa {
+        None => None,
+        Some(name) => Some(Isa::from_name(name).with_context(|| {
+            format!("--isa {name}: expected one of {}", Isa::all().map(Isa::name).collect::<Vec<_>>().join(", "))
+        })?),
+    };
+    let mut options = if args.quick { Options::quick() } else { Options { random: args.cases, ..Options::default() } };
+    options = Options { seed: args.seed, variant: args.variant, isa, check: args.check, case: args.case, ..options };
+
+    let rows = verify(&entries, &options)?;
+    print(&rows, &mut std::io::stdout().lock())?;
+    if let Some(path) = &args.json {
+        write_json(path, &options, &rows)?;
+    }
+    if rows.is_empty() {
+        bail!("nothing to run: no variant has the instruction set {}", args.isa.unwrap_or_default());
+    }
+    Ok(if rows.iter().any(|r| matches!(r.verdict, Verdict::Failed { .. })) { Done::Failed } else { Done::Ok })
+}
+
+/// All suites, or those of one operator.
+fn chosen(op: Option<&str>) -> anyhow::Result<Vec<Entry>> {
+    let mut entries = cases::all();
+    if let Some(op) = op {
+        let names: Vec<&str> = entries.iter().map(|e| e.op).collect();
+        if !names.contains(&op) {
+            bail!("--op {op}: expected one of {}", names.join(", "));
+        }
+        entries.retain(|e| e.op == op);
+    }
+    Ok(entries)
+}
+
+/// Runs the suites with a progress bar on stderr.
+pub fn verify(entries: &[Entry], options: &Options) -> anyhow::Result<Vec<Row>> {
+    let bar = super::progress(entries.len() as u64, "{prefix} {wide_bar} {pos}/{len} {msg}");
+    bar.set_prefix("verify");
+    let mut rows = Vec::new();
+    for entry in entries {
+        bar.set_message(entry.op);
+        rows.extend(entry.run(options).map_err(anyhow::Error::msg)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(rows)
+}
+
+/// One line an operator and variant, then every failure with its reproducer, then the totals.
+pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "{:<16} {:<20} {:>7} {:>7} {:>12} {:>12} {:>9}  verdict",
+        "operator", "variant", "checks", "cases", "worst row L2", "max/row RMS", "× bound"
+    )?;
+    for group in rows.chunk_by(|a, b| a.op == b.op && a.variant == b.variant) {
+        let metrics =
+            group.iter().fold(Default::default(), |m: qwen3next_verify::compare::Metrics, r| m.worst(r.metrics));
+        let verdict = group
+            .iter()
+            .find_map(|r| match &r.verdict {
+                Verdict::Failed { .. } => Some("FAILED".to_string()),
+                Verdict::Skipped(why) => Some(format!("SKIPPED: {why}")),
+                Verdict::Passed => None,
+            })
+            .unwrap_or_else(|| "passed".into());
+        writeln!(
+            out,
+            "{:<16} {:<20} {:>7} {:>7} {:>12.1e} {:>12.1e} {:>9.3}  {verdict}",
+            group[0].op,
+            group[0].variant,
+            group.len(),
+            group.iter().map(|r| r.passed).sum::<usize>(),
+            metrics.row_l2,
+            metrics.max_over_rms,
+            metrics.bound_multiple,
+        )?;
+    }
+    for row in rows {
+        if let Verdict::Failed { failure, reproduce } = &row.verdict {
+            writeln!(out, "\n{} {} {}: {failure}\n  {reproduce}", row.op, row.variant, row.check)?;
+        }
+    }
+    let count = |f: fn(&Verdict) -> bool| rows.iter().filter(|r| f(&r.verdict)).count();
+    writeln!(
+        out,
+        "\n{} checks passed, {} failed, {} skipped",
+        count(|v| matches!(v, Verdict::Passed)),
+        count(|v| matches!(v, Verdict::Failed { .. })),
+        count(|v| matches!(v, Verdict::Skipped(_)))
+    )?;
+    Ok(())
+}
+
+fn write_json(path: &PathBuf, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|r| {
+            let (verdict, text, reproduce) = match &r.verdict {
+                Verdict::Passed => ("passed", None, None),
+                Verdict::Skipped(why) => ("skipped", Some(why), None),
+                Verdict::Failed { failure, reproduce } => ("failed", Some(failure), Some(reproduce)),
+            };
+            json!({
+                "op": r.op, "variant": r.variant, "isa": r.isa.name(), "check": r.check, "cases": r.passed,
+                "row_l2": r.metrics.row_l2, "max_over_rms": r.metrics.max_over_rms,
+                "bound_multiple": r.metrics.bound_multiple, "nmse": r.metrics.nmse, "tiny_rows": r.metrics.tiny_rows,
+                "verdict": verdict, "text": text, "reproduce": reproduce,
+            })
+        })
+        .collect();
+    let document = json!({ "version": env!("CARGO_PKG_VERSION"), "seed": options.seed, "results": rows });
+    super::write_whole(path, serde_json::to_string_pretty(&document)?.as_bytes())
+}

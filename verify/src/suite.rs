@@ -1,0 +1,353 @@
+//! Runs checks: every variant of an operator on a grid of cases and on random ones, shrunk to a small one on failure.
+//!
+//! A [`Suite`] describes an operator's cases and checks; [`run`] tries them. A failure carries the command that repeats
+//! it. A check that applied to no case at all is reported as a failure: a test that can't fail is none.
+
+use crate::compare::{Failure, Metrics};
+use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
+use qwen3next_kernels::{Isa, Operator, Variant};
+use rand::SeedableRng;
+use std::cell::RefCell;
+use std::fmt::{Debug, Display};
+use std::str::FromStr;
+
+/// The generator all inputs come from.
+pub type Rng = rand_chacha::ChaCha8Rng;
+
+/// Generator of the inputs of one case.
+pub fn rng(seed: u64) -> Rng {
+    Rng::seed_from_u64(seed)
+}
+
+/// `Ok(Some)`: checked. `Ok(None)`: the check says nothing about this case.
+pub type Outcome = Result<Option<Metrics>, Failure>;
+
+/// A named check of one variant on one case with inputs drawn from a seed.
+pub struct Check<S: Suite + ?Sized> {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// Runs it.
+    pub run: fn(&Variant<S::Op>, &S::Case, u64) -> Outcome,
+}
+
+/// The cases and checks of one operator.
+pub trait Suite: 'static {
+    /// Operator under test.
+    type Op: Operator;
+    /// What varies: shapes, layout, regime. Prints as `a=1,b=2` and parses back.
+    type Case: Clone + Debug + Display + FromStr<Err = String> + 'static;
+
+    /// Every corner that is always tried.
+    fn grid() -> Vec<Self::Case>;
+
+    /// Random cases; shrinks towards small ones.
+    fn strategy() -> BoxedStrategy<Self::Case>;
+
+    /// Reference check and properties.
+    fn checks() -> Vec<Check<Self>>;
+}
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Seed of the random cases and of the inputs.
+    pub seed: u64,
+    /// Random cases a check and variant.
+    pub random: usize,
+    /// Every how many-th case of the grid: 1 is all of it.
+    pub stride: usize,
+    /// Only this variant.
+    pub variant: Option<String>,
+    /// Only variants of this instruction set.
+    pub isa: Option<Isa>,
+    /// Only this check.
+    pub check: Option<String>,
+    /// Only this case, in its printed form, instead of grid and random ones.
+    pub case: Option<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None }
+    }
+}
+
+impl Options {
+    /// A thinner grid and fewer random cases, for a first look.
+    pub fn quick() -> Self {
+        Options { random: 4, stride: 5, ..Options::default() }
+    }
+}
+
+/// The result of one check on one variant.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// Operator name.
+    pub op: &'static str,
+    /// Variant name.
+    pub variant: &'static str,
+    /// Instruction set of the variant.
+    pub isa: Isa,
+    /// Check name.
+    pub check: &'static str,
+    /// Cases it applied to and passed.
+    pub passed: usize,
+    /// Worst metrics over the passed cases.
+    pub metrics: Metrics,
+    /// What came of it.
+    pub verdict: Verdict,
+}
+
+/// The verdict of a [`Row`].
+#[derive(Debug, Clone)]
+pub enum Verdict {
+    /// Every case passed.
+    Passed,
+    /// Not run, and why.
+    Skipped(String),
+    /// A case failed: what happened, and the command that repeats it.
+    Failed {
+        /// One line.
+        failure: String,
+        /// A `qwen3next verify` command line.
+        reproduce: String,
+    },
+}
+
+/// A suite behind a plain value, so that suites of different operators can stand in one list.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    /// Operator name.
+    pub op: &'static str,
+    run: fn(&Options) -> Result<Vec<Row>, String>,
+}
+
+impl Entry {
+    /// The entry of a suite.
+    pub fn of<S: Suite>() -> Entry {
+        Entry { op: S::Op::NAME, run: run::<S> }
+    }
+
+    /// Runs the suite. `Err` is a bad option, named.
+    pub fn run(&self, options: &Options) -> Result<Vec<Row>, String> {
+        (self.run)(options)
+    }
+}
+
+/// Runs every chosen check of `S` on every chosen variant. `Err` is a bad option, named.
+pub fn run<S: Suite>(options: &Options) -> Result<Vec<Row>, String> {
+    run_on::<S>(options, &S::Op::variants())
+}
+
+/// As [`run`], on these variants: built in or from outside.
+pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Result<Vec<Row>, String> {
+    let op = S::Op::NAME;
+    let checks = S::checks();
+    let known = |list: Vec<&str>, wanted: &Option<String>, what: &str| match wanted {
+        Some(w) if !list.contains(&w.as_str()) => {
+            Err(format!("--{what} {w}: {op} has no such {what}, it has {}", list.join(", ")))
+        }
+        _ => Ok(()),
+    };
+    known(variants.iter().map(|v| v.name()).collect(), &options.variant, "variant")?;
+    known(checks.iter().map(|c| c.name).collect(), &options.check, "check")?;
+    let grid: Vec<S::Case> = match &options.case {
+        Some(text) => vec![text.parse().map_err(|e| format!("--case {text}: {e}"))?],
+        None => S::grid().into_iter().step_by(options.stride.max(1)).collect(),
+    };
+
+    let mut rows = Vec::new();
+    for variant in variants {
+        if options.variant.as_deref().is_some_and(|v| v != variant.name())
+            || options.isa.is_some_and(|isa| isa != variant.isa())
+        {
+            continue;
+        }
+        for check in &checks {
+            if options.check.as_deref().is_none_or(|c| c == check.name) {
+                rows.push(run_check::<S>(options, variant, check, &grid));
+            }
+        }
+    }
+    Ok(rows)
+}
+
+fn run_check<S: Suite>(options: &Options, variant: &Variant<S::Op>, check: &Check<S>, grid: &[S::Case]) -> Row {
+    let mut row = Row {
+        op: S::Op::NAME,
+        variant: variant.name(),
+        isa: variant.isa(),
+        check: check.name,
+        passed: 0,
+        metrics: Metrics::default(),
+        verdict: Verdict::Passed,
+    };
+    if !variant.isa().available() {
+        row.verdict = Verdict::Skipped(format!("{} is not offered by this CPU or the ISA mask", variant.isa()));
+        return row;
+    }
+    let failed = |case: &S::Case, seed: u64, failure: Failure| Verdict::Failed {
+        failure: failure.0,
+        reproduce: format!(
+            "qwen3next verify --op {} --variant {} --check {} --case {case} --seed {seed}",
+            S::Op::NAME,
+            variant.name(),
+            check.name
+        ),
+    };
+    for case in grid {
+        match (check.run)(variant, case, options.seed) {
+            Ok(Some(metrics)) => {
+                row.passed += 1;
+                row.metrics = row.metrics.worst(metrics);
+            }
+            Ok(None) => {}
+            Err(failure) => {
+                row.verdict = failed(case, options.seed, failure);
+                return row;
+            }
+        }
+    }
+
+    if options.case.is_none() && options.random > 0 {
+        // One stream of random cases an operator, check and variant, the same in every run.
+        let name = format!("{}/{}/{}", S::Op::NAME, check.name, variant.name());
+        let mut seed = [0u8; 32];
+        name.bytes().enumerate().for_each(|(i, b)| seed[8 + i % 24] = seed[8 + i % 24].wrapping_mul(31) ^ b);
+        seed[..8].copy_from_slice(&options.seed.to_le_bytes());
+        let config = Config {
+            cases: options.random as u32,
+            failure_persistence: None,
+            max_shrink_iters: 400,
+            ..Config::default()
+        };
+        let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+        let seen = RefCell::new((0, row.metrics));
+        let result =
+            runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match (check.run)(variant, &case, seed) {
+                Ok(Some(metrics)) => {
+                    let mut seen = seen.borrow_mut();
+                    *seen = (seen.0 + 1, seen.1.worst(metrics));
+                    Ok(())
+                }
+                Ok(None) => Ok(()),
+                Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
+            });
+        let (passed, metrics) = seen.into_inner();
+        row.passed += passed;
+        row.metrics = metrics;
+        match result {
+            Ok(()) => {}
+            Err(TestError::Fail(reason, (case, seed))) => {
+                row.verdict = failed(&case, seed, Failure::new(reason.message()));
+                return row;
+            }
+            Err(TestError::Abort(reason)) => {
+                row.verdict = Verdict::Skipped(format!("no random cases: {}", reason.message()));
+                return row;
+            }
+        }
+    }
+    if row.passed == 0 && options.case.is_none() {
+        row.verdict = Verdict::Failed {
+            failure: "the check applied to no case".into(),
+            reproduce: format!("qwen3next verify --op {} --check {}", S::Op::NAME, check.name),
+        };
+    }
+    row
+}
+
+/// For tests: runs the whole suite, prints skipped variants, panics with every failure.
+pub fn assert_passes<S: Suite>(options: &Options) {
+    let rows = run::<S>(options).expect("options name existing things");
+    let mut failures = Vec::new();
+    for row in &rows {
+        match &row.verdict {
+            Verdict::Passed => {}
+            Verdict::Skipped(why) => println!("SKIPPED {} {} {}: {why}", row.op, row.variant, row.check),
+            Verdict::Failed { failure, reproduce } => {
+                failures.push(format!("{} {} {}: {failure}\n  {reproduce}", row.op, row.variant, row.check))
+            }
+        }
+    }
+    assert!(rows.iter().any(|r| matches!(r.verdict, Verdict::Passed)), "{}: nothing ran", S::Op::NAME);
+    assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures.join("\n"));
+}
+
+/// For tests: every case of the grid and some random ones print and parse back to themselves.
+pub fn assert_cases_round_trip<S: Suite>() {
+    let mut runner = TestRunner::deterministic();
+    let random = (0..50).map(|_| S::strategy().new_tree(&mut runner).expect("strategies do not reject").current());
+    for case in S::grid().into_iter().chain(random) {
+        let text = case.to_string();
+        let back: S::Case = text.parse().unwrap_or_else(|e| panic!("{text}: {e}"));
+        assert_eq!(back.to_string(), text);
+    }
+}
+
+/// Declares a case: a struct whose fields print as `a=1,b=2` and parse back.
+#[macro_export]
+macro_rules! case {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone)]
+        pub struct $name { $($(#[$fmeta])* pub $field: $type,)* }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                let parts = [$(format!(concat!(stringify!($field), "={}"), self.$field)),*];
+                f.write_str(&parts.join(","))
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
+                let names = [$(stringify!($field)),*];
+                let pairs: Vec<(&str, &str)> = text.split(',').map(|p| p.split_once('=').unwrap_or((p, ""))).collect();
+                if let Some((k, _)) = pairs.iter().find(|(k, _)| !names.contains(k)) {
+                    return Err(format!("unknown field {k:?}, expected {}", names.join(", ")));
+                }
+                Ok($name {
+                    $($field: {
+                        let name = stringify!($field);
+                        let value = pairs.iter().find(|(k, _)| *k == name).ok_or_else(|| format!("{name} is missing"))?.1;
+                        value.parse().map_err(|e| format!("{name}={value}: {e}"))?
+                    },)*
+                })
+            }
+        }
+    };
+}
+
+/// Declares an enum of named choices that prints and parses by name; `ALL` lists them.
+#[macro_export]
+macro_rules! choice {
+    ($(#[$meta:meta])* pub enum $name:ident { $($(#[$vmeta:meta])* $variant:ident = $text:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $name { $($(#[$vmeta])* $variant,)* }
+
+        impl $name {
+            /// Every choice.
+            pub const ALL: &'static [$name] = &[$($name::$variant),*];
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str(match self { $($name::$variant => $text),* })
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($text => Ok($name::$variant),)*
+                    _ => Err(format!("expected one of {}", [$($text),*].join(", "))),
+                }
+            }
+        }
+    };
+}
