@@ -301,8 +301,8 @@ fn plan(what: &Synth) -> Plans {
 fn scales(dtype: DType) -> &'static [(usize, f32)] {
     match dtype {
         // d * sc * q - dmin * m, sc and m in 0..64, q in 0..16 or 0..32
-        DType::Q4_K => &[(0, STD / 170.0), (2, 7.5 * STD / 170.0)],
-        DType::Q5_K => &[(0, STD / 340.0), (2, 15.5 * STD / 340.0)],
+        DType::Q4_K => &[(0, STD / 258.0), (2, 7.5 * STD / 258.0)],
+        DType::Q5_K => &[(0, STD / 527.0), (2, 15.5 * STD / 527.0)],
         // d * sc * (q - 32), sc in -128..128, q in 0..64
         DType::Q6_K => &[(208, STD / 1360.0)],
         DType::Q8_0 => &[(0, STD / 74.0)],

@@ -1,19 +1,21 @@
 //! Text to token ids and back: byte-level BPE with Qwen's split pattern, from GGUF metadata or tokenizer.json.
 //!
-//! Special tokens are cut out of the text here, the rest goes through the `tokenizers` crate. As in Qwen's own
-//! tokenizer, text is first brought into Unicode's composed form (NFC).
+//! Special tokens are cut out of the text here, the rest goes through the `tokenizers` crate. Qwen's released
+//! tokenizer.json first brings text into Unicode's composed form (NFC); GGUF says nothing of it and its readers leave
+//! text as it is. Both are followed here, so the two differ on decomposed text.
 
 use crate::error::{shown, Error};
 use crate::file::read_text;
-use crate::gguf::{Array, Gguf, Value};
+use crate::gguf::{Array, Gguf, Value as Item};
+use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
-use tokenizers::models::bpe::{Vocab, BPE};
+use tokenizers::models::bpe::{BpeBuilder, Vocab, BPE};
 use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{DecoderWrapper, ModelWrapper, PostProcessorWrapper, SplitDelimiterBehavior};
+use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
 const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -117,6 +119,103 @@ impl Table {
     }
 }
 
+/// tokenizer.json, as far as it is needed.
+#[derive(serde::Deserialize)]
+struct Json {
+    #[serde(default)]
+    added_tokens: Vec<Added>,
+    #[serde(default)]
+    normalizer: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+    model: JsonModel,
+}
+
+#[derive(serde::Deserialize)]
+struct Added {
+    id: u32,
+    content: String,
+    #[serde(default)]
+    special: bool,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+}
+
+#[derive(serde::Deserialize)]
+struct JsonModel {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    vocab: HashMap<String, u32>,
+    merges: Vec<Merge>,
+    #[serde(default)]
+    ignore_merges: bool,
+    #[serde(default)]
+    byte_fallback: bool,
+    #[serde(default)]
+    dropout: Value,
+    #[serde(default)]
+    unk_token: Value,
+    #[serde(default)]
+    continuing_subword_prefix: Value,
+    #[serde(default)]
+    end_of_word_suffix: Value,
+}
+
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Joined(String),
+}
+
+/// The two parts of `a b`; a part may itself be a space, which then comes first.
+fn cut(merge: &str) -> Option<(&str, &str)> {
+    let first = merge.chars().next()?.len_utf8();
+    let at = first + merge.get(first..)?.find(' ')?;
+    Some((merge.get(..at)?, merge.get(at + 1..)?))
+}
+
+fn splitter(pattern: &str) -> Result<PreTokenizerWrapper, Error> {
+    let split = Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false);
+    Ok(split.map_err(failed)?.into())
+}
+
+/// The crate's tokenizer, the bytes that no token holds alone, and warnings. Merges that join to no token are left out.
+fn assemble(
+    builder: BpeBuilder,
+    vocab: Vocab,
+    pairs: impl Iterator<Item = Option<(String, String)>>,
+    steps: Vec<PreTokenizerWrapper>,
+) -> Result<(tokenizers::Tokenizer, Vec<u8>, Vec<String>), Error> {
+    let (mut merges, mut joined, mut listed) = (Vec::new(), String::new(), 0);
+    for pair in pairs {
+        listed += 1;
+        let Some((a, b)) = pair else { continue };
+        joined.clear();
+        joined.push_str(&a);
+        joined.push_str(&b);
+        if vocab.contains_key(&a) && vocab.contains_key(&b) && vocab.contains_key(&joined) {
+            merges.push((a, b));
+        }
+    }
+    let mut warnings = Vec::new();
+    let dropped = listed - merges.len();
+    if dropped > 0 {
+        warnings.push(format!("{dropped} of {listed} merges join to no token and are ignored"));
+    }
+    let chars = byte_chars().into_iter().zip(0..=255);
+    let missing =
+        chars.filter(|(c, _)| !vocab.contains_key(c.encode_utf8(&mut [0; 4]) as &str)).map(|(_, b)| b).collect();
+    let bpe = builder.vocab_and_merges(vocab, merges).build().map_err(failed)?;
+    let mut inner = tokenizers::Tokenizer::new(bpe);
+    inner.with_pre_tokenizer(Some(Sequence::new(steps)));
+    Ok((inner, missing, warnings))
+}
+
 fn failed(e: impl std::fmt::Display) -> Error {
     Error::Tokenizer(shown(&e.to_string()))
 }
@@ -150,9 +249,9 @@ impl Tokenizer {
         let kinds = types.iter().flat_map(Array::iter).map(Some).chain(std::iter::repeat(None));
         let mut twice = 0;
         for (id, (token, kind)) in tokens.iter().zip(kinds).enumerate() {
-            let Value::Str(token) = token else { return Err(bad("tokens", "is no array of texts".into())) };
+            let Item::Str(token) = token else { return Err(bad("tokens", "is no array of texts".into())) };
             let kind = match kind {
-                Some(Value::Int(kind)) => kind,
+                Some(Item::Int(kind)) => kind,
                 Some(_) => return Err(bad("token_type", "is no array of numbers".into())),
                 None => NORMAL,
             };
@@ -177,31 +276,13 @@ impl Tokenizer {
         if listed.len() > 16 * vocab {
             return Err(bad("merges", format!("has {} entries, expected at most 16 a token", listed.len())));
         }
-        let (mut merges, mut joined) = (Vec::new(), String::new());
-        for merge in listed.iter() {
-            let Value::Str(merge) = merge else { return Err(bad("merges", "is no array of texts".into())) };
-            // A token may itself be a space, which then comes first.
-            let first = merge.chars().next().map_or(0, char::len_utf8);
-            let cut = merge.get(first..).and_then(|rest| rest.find(' ')).map(|at| at + first);
-            let Some((a, b)) = cut.and_then(|at| Some((merge.get(..at)?, merge.get(at + 1..)?))) else { continue };
-            joined.clear();
-            joined.push_str(a);
-            joined.push_str(b);
-            if map.contains_key(a) && map.contains_key(b) && map.contains_key(&joined) {
-                merges.push((a.to_string(), b.to_string()));
-            }
-        }
-        let dropped = listed.len() - merges.len();
-        if dropped > 0 {
-            warnings.push(format!("{dropped} of {} merges join to no token and are ignored", listed.len()));
-        }
-
-        let missing = missing_bytes(|c| map.contains_key(c));
-        let bpe = BPE::builder().vocab_and_merges(map, merges).build().map_err(failed)?;
-        let split = Split::new(SplitPattern::Regex(QWEN2_SPLIT.into()), SplitDelimiterBehavior::Isolated, false);
-        let steps = vec![split.map_err(failed)?.into(), ByteLevel::new(false, false, false).into()];
-        let mut inner = tokenizers::Tokenizer::new(bpe);
-        inner.with_normalizer(Some(NFC)).with_pre_tokenizer(Some(Sequence::new(steps)));
+        let pairs = listed.iter().map(|merge| match merge {
+            Item::Str(merge) => cut(merge).map(|(a, b)| (a.to_string(), b.to_string())),
+            _ => None,
+        });
+        let steps = vec![splitter(QWEN2_SPLIT)?, ByteLevel::new(false, false, false).into()];
+        let (inner, missing, more) = assemble(BPE::builder(), map, pairs, steps)?;
+        warnings.extend(more);
 
         let id = |key: &str| -> Result<Option<u32>, Error> {
             match file.uint(&format!("tokenizer.ggml.{key}"))? {
@@ -231,51 +312,100 @@ impl Tokenizer {
 
     /// From a tokenizer.json; `vocab` is the number of embedding rows.
     pub fn from_json(path: &Path, vocab: usize) -> Result<Tokenizer, Error> {
+        let bad = |why: String| Error::format(path, why);
         let text = read_text(path, MAX_JSON)?;
-        let mut inner: tokenizers::Tokenizer =
-            text.parse().map_err(|e: tokenizers::Error| Error::format(path, shown(&e.to_string())))?;
-        if !matches!(inner.get_model(), ModelWrapper::BPE(_))
-            || !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)))
-        {
-            return Err(Error::format(path, "is no byte-level BPE tokenizer"));
+        // The crate's own reader panics on some broken files, so the parts are read here.
+        let file: Json = serde_json::from_str(&text).map_err(|e| bad(shown(&e.to_string())))?;
+        drop(text);
+        let kind = |part: &Value| part.get("type").and_then(Value::as_str).map_or("none".to_string(), shown);
+        if kind(&file.decoder) != "ByteLevel" || file.model.kind.as_deref().unwrap_or("BPE") != "BPE" {
+            return Err(bad("is no byte-level BPE tokenizer".into()));
         }
-        inner.with_post_processor(None::<PostProcessorWrapper>).with_padding(None);
-        inner.with_truncation(None).map_err(failed)?;
-        // Special tokens are cut out before; what is left of their text is plain text.
-        inner.set_encode_special_tokens(true);
-
-        let added = inner.get_added_tokens_decoder();
-        let mut by_id: Vec<(u32, String)> = inner.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
-        by_id.sort_unstable();
-        let (mut table, mut special) = (Table::new(), Special::default());
-        for (id, token) in &by_id {
-            if *id as usize >= vocab {
-                let why = format!("token \"{}\" has id {id}, the embedding has {vocab} rows", shown(token));
-                return Err(Error::format(path, why));
+        let odd = [
+            &file.model.dropout,
+            &file.model.unk_token,
+            &file.model.continuing_subword_prefix,
+            &file.model.end_of_word_suffix,
+        ];
+        if odd.iter().any(|v| !matches!(v, Value::Null) && v.as_str() != Some("")) || file.model.byte_fallback {
+            return Err(
+                bad("model: dropout, unk_token, prefixes, suffixes and byte_fallback are not supported".into()),
+            );
+        }
+        let nfc = match kind(&file.normalizer).as_str() {
+            "none" => false,
+            "NFC" => true,
+            other => return Err(bad(format!("normalizer: {other} is not supported; supported: NFC"))),
+        };
+        let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
+        let sequence = file.pre_tokenizer.get("pretokenizers").and_then(Value::as_array);
+        for step in sequence.map_or(std::slice::from_ref(&file.pre_tokenizer), Vec::as_slice) {
+            let flag = |key: &str| step.get(key).and_then(Value::as_bool);
+            let pattern = step.get("pattern").and_then(|p| p.get("Regex")).and_then(Value::as_str);
+            match (kind(step).as_str(), pattern) {
+                ("Split", Some(pattern)) if step.get("behavior").and_then(Value::as_str) == Some("Isolated") => {
+                    steps.push(splitter(pattern).map_err(|e| bad(e.to_string()))?);
+                }
+                ("ByteLevel", _) => {
+                    let (prefix, regex) = (flag("add_prefix_space").unwrap_or(true), flag("use_regex").unwrap_or(true));
+                    steps.push(ByteLevel::new(prefix, false, regex).into());
+                }
+                (other, _) => return Err(bad(format!("pre_tokenizer: {other} is not supported in this form"))),
             }
-            while table.ends.len() < *id as usize {
+        }
+        if !matches!(steps.last(), Some(PreTokenizerWrapper::ByteLevel(_))) {
+            return Err(bad("pre_tokenizer: does not end in ByteLevel".into()));
+        }
+
+        let (mut table, mut special) = (Table::new(), Special::default());
+        let mut by_id: Vec<(u32, &str, Option<&Added>)> =
+            file.model.vocab.iter().map(|(token, &id)| (id, token.as_str(), None)).collect();
+        by_id.extend(file.added_tokens.iter().map(|token| (token.id, token.content.as_str(), Some(token))));
+        by_id.sort_unstable_by_key(|&(id, token, added)| (id, token, added.is_none()));
+        // A token may be listed as added and in the vocabulary; the added form comes first and stays.
+        by_id.dedup_by_key(|&mut (id, token, _)| (id, token));
+        for (id, token, added) in by_id {
+            let at = id as usize;
+            if at >= vocab {
+                return Err(bad(format!("token \"{}\" has id {id}, the embedding has {vocab} rows", shown(token))));
+            }
+            if table.ends.len() > at {
+                return Err(bad(format!("id {id} is given to two tokens")));
+            }
+            while table.ends.len() < at {
                 table.push("", true);
             }
-            if table.ends.len() > *id as usize {
-                return Err(Error::format(path, format!("id {id} is given to two tokens")));
-            }
-            let own = added.get(id);
-            table.push(token, own.is_some());
-            if let Some(token) = own {
-                if token.lstrip || token.rstrip || token.single_word {
-                    let why = format!(
-                        "token \"{}\" matches more than its text, which is not supported",
-                        shown(&token.content)
-                    );
-                    return Err(Error::format(path, why));
+            table.push(token, added.is_some());
+            if let Some(added) = added {
+                if added.lstrip || added.rstrip || added.single_word {
+                    let why = "matches more or less than its text, which is not supported";
+                    return Err(bad(format!("token \"{}\" {why}", shown(token))));
                 }
-                special.add(&token.content, *id, token.special);
+                special.add(token, id, added.special);
             }
         }
-        let missing = missing_bytes(|c| inner.token_to_id(c).is_some());
+        let pairs = file.model.merges.into_iter().map(|merge| match merge {
+            Merge::Pair(a, b) => Some((a, b)),
+            Merge::Joined(text) => cut(&text).map(|(a, b)| (a.to_string(), b.to_string())),
+        });
+        let bpe = BPE::builder().ignore_merges(file.model.ignore_merges);
+        let (mut inner, missing, warnings) = assemble(bpe, file.model.vocab.into_iter().collect(), pairs, steps)?;
+        if nfc {
+            inner.with_normalizer(Some(NFC));
+        }
         let (bytes, ends) = (table.bytes, table.ends);
-        let (bos, add_bos, eos, warnings) = (None, false, Vec::new(), Vec::new());
-        Ok(Tokenizer { inner, bytes, ends, special, vocab, missing, bos, add_bos, eos, warnings })
+        Ok(Tokenizer {
+            inner,
+            bytes,
+            ends,
+            special,
+            vocab,
+            missing,
+            bos: None,
+            add_bos: false,
+            eos: Vec::new(),
+            warnings,
+        })
     }
 
     /// Sets the token that begins a text and those that end one.
@@ -425,12 +555,6 @@ impl Stream<'_> {
 /// The bytes begin a character that more bytes could complete.
 fn may_go_on(bytes: &[u8]) -> bool {
     !bytes.is_empty() && std::str::from_utf8(bytes).is_err_and(|e| e.valid_up_to() == 0 && e.error_len().is_none())
-}
-
-/// Bytes whose character is no token.
-fn missing_bytes(has: impl Fn(&str) -> bool) -> Vec<u8> {
-    let chars = byte_chars().into_iter().zip(0..=255);
-    chars.filter(|(c, _)| !has(c.encode_utf8(&mut [0; 4]))).map(|(_, b)| b).collect()
 }
 
 #[cfg(test)]
