@@ -8,7 +8,7 @@ use crate::{case, choice};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use qwen3next_kernels::gated_delta::{self, Gate, HeadMap, LogDecay, State};
-use qwen3next_kernels::{Exec, Variant};
+use qwen3next_kernels::{Exec, Variant, View, ViewMut};
 use rand::Rng as _;
 
 choice! {
@@ -1108,5 +1108,85 @@ impl Suite for GatedDelta {
             Check { name: "recall", run: recall },
             Check { name: "norms", run: norms },
         ]
+    }
+}
+
+/// A DeltaNet layer's call of `t` tokens with in-kernel norm and the state updated in place, to be timed.
+pub struct Timed {
+    case: Case,
+    inputs: Inputs,
+    o: Vec<f32>,
+    pool: Vec<f32>,
+}
+
+impl Timed {
+    /// Inputs of one sequence: `t` tokens, `hk` key and `hv` value heads of `d` channels.
+    pub fn new(t: usize, hk: usize, hv: usize, d: usize) -> Timed {
+        let case = Case {
+            b: 1,
+            t,
+            hk,
+            hv,
+            k: d,
+            v: d,
+            gate: GateKind::Scalar,
+            heads: Heads::Grouped,
+            l2norm: true,
+            state: StateKind::InPlace,
+            slots: false,
+            snapshots: false,
+            rows: Rows::Dense,
+            layout: Layout::Packed,
+            regime: Regime::Mild,
+        };
+        let inputs = Inputs::generate(&case, 1);
+        Timed { o: vec![0.0; case.tokens() * hv * d], pool: inputs.state.clone(), case, inputs }
+    }
+
+    /// Judges a variant on inputs of these shapes: the float64 loop takes its time, so of many heads and tokens it sees
+    /// the first ones.
+    pub fn verify(&self, variant: &Variant<gated_delta::Op>) -> Result<Metrics, Failure> {
+        let group = self.case.hv / self.case.hk;
+        let hk = self.case.hk.min(2);
+        let case = Case { t: self.case.t.min(130), hk, hv: hk * group, ..self.case.clone() };
+        let inputs = Inputs::generate(&case, 1);
+        let got = call(&Exec::variant(*variant), &case, &inputs)?;
+        judge(&case, &inputs, Form::of(variant.name()), 0).compare(&case, &got)
+    }
+
+    /// One call.
+    pub fn run(&mut self, exec: &Exec<gated_delta::Op>) -> Result<(), Failure> {
+        let (c, x) = (&self.case, &self.inputs);
+        let args = gated_delta::Args {
+            o: ViewMut::new(&mut self.o, [1, c.t, c.hv, c.v])?,
+            snapshots: None,
+            state: gated_delta::State::InPlace {
+                pool: ViewMut::new(&mut self.pool, [1, c.hv, c.v, c.k])?,
+                slots: None,
+            },
+            q: View::new(&x.q, [1, c.t, c.hk, c.k])?,
+            k: View::new(&x.k, [1, c.t, c.hk, c.k])?,
+            v: View::new(&x.v, [1, c.t, c.hv, c.v])?,
+            gate: gated_delta::Gate::Scalar(gated_delta::LogDecay::unchecked(View::new(&x.g, [1, c.t, c.hv])?)),
+            beta: View::new(&x.beta, [1, c.t, c.hv])?,
+            cu_seqlens: None,
+            head_map: gated_delta::HeadMap::Grouped,
+            qk_l2norm: Some(gated_delta::L2_NORM_EPS),
+            scale: x.scale,
+        };
+        Ok(gated_delta::run(args, exec)?)
+    }
+
+    /// Operations of the recurrence: 7 K V a token and value head, whatever the variant does instead.
+    pub fn flops(&self) -> f64 {
+        (7 * self.case.tokens() * self.case.state_len()) as f64
+    }
+
+    /// Bytes that must move: every input and output once, the state in and out.
+    pub fn bytes(&self) -> f64 {
+        let x = &self.inputs;
+        let elements =
+            x.q.len() + x.k.len() + x.v.len() + x.g.len() + x.beta.len() + self.o.len() + 2 * self.pool.len();
+        (4 * elements) as f64
     }
 }

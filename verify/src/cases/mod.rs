@@ -17,6 +17,7 @@ use rand::Rng as _;
 /// Every suite, in the order of reports.
 pub fn all() -> Vec<Entry> {
     vec![
+        Entry::of::<gated_delta::GatedDelta>(),
         Entry::of::<attention::Attention>(),
         Entry::of::<attention::Merge>(),
         Entry::of::<causal_conv::CausalConv>(),
