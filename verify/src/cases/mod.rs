@@ -15,5 +15,14 @@ use crate::suite::Entry;
 
 /// Every suite, in the order of reports.
 pub fn all() -> Vec<Entry> {
-    vec![Entry::of::<solve_tri::SolveTri>()]
+    vec![
+        Entry::of::<matmul::Matmul>(),
+        Entry::of::<moe::MoeRoute>(),
+        Entry::of::<moe::MoeGroup>(),
+        Entry::of::<moe::MoeUp>(),
+        Entry::of::<moe::MoeDown>(),
+        Entry::of::<quant::Dequantize>(),
+        Entry::of::<quant::Quantize>(),
+        Entry::of::<solve_tri::SolveTri>(),
+    ]
 }
