@@ -68,7 +68,10 @@ impl Routing {
         if let Some(n) = weights.as_ref().map(Vec::len).filter(|&n| n != ids.len()) {
             return Err(Error::argument("weights", format!("{n} weights for {} ids", ids.len())));
         }
-        let (mut order, mut offsets) = (vec![0; ids.len()], vec![0; experts.saturating_add(1)]);
+        if experts > MAX_EXPERTS {
+            return Err(Error::argument("E", format!("{experts} experts, at most {MAX_EXPERTS}")));
+        }
+        let (mut order, mut offsets) = (vec![0; ids.len()], vec![0; experts + 1]);
         group::run(group::Args { order: &mut order, offsets: &mut offsets, ids: &ids, top_k }, &Exec::default())?;
         Ok(Routing { tokens: ids.len() / top_k, experts, top_k, ids, weights, order, offsets })
     }
@@ -113,6 +116,9 @@ impl Routing {
         &self.offsets
     }
 }
+
+/// As the C side has it.
+const MAX_EXPERTS: usize = 65536;
 
 /// T * top_k, refused where it is absurd rather than overflowing.
 fn pairs(tokens: usize, top_k: usize) -> Result<usize, Error> {
