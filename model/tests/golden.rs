@@ -9,10 +9,8 @@ use qwen3next_model::weights::{Ffn, Mixer, Swiglu};
 use qwen3next_model::{Tensor, Tokenizer};
 use std::path::{Path, PathBuf};
 
-/// `verify/golden`, or where Q3N_GOLDEN says it is.
 fn golden() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify/golden");
-    std::env::var_os("Q3N_GOLDEN").map_or(here, PathBuf::from)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify/golden")
 }
 
 fn listed(folder: &Path) -> Vec<PathBuf> {
@@ -176,8 +174,7 @@ fn as_gguf(json: &Path, out: &Path) -> usize {
 #[test]
 fn golden_texts_give_golden_ids_and_back() {
     let folder = common::Folder::new();
-    let json = std::env::var_os("Q3N_GOLDEN").map(|g| PathBuf::from(g).join("../../model/assets"));
-    let json = json.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("assets")).join("tokenizer.json");
+    let json = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tokenizer.json");
     let gguf = folder.file("tokenizer.gguf");
     let vocab = as_gguf(&json, &gguf);
     let gguf = qwen3next_model::gguf::Gguf::open(&gguf, Default::default()).unwrap();
