@@ -1,5 +1,6 @@
 //! One file a subcommand.
 
+pub mod bench;
 pub mod generate;
 pub mod inspect;
 pub mod logits;
