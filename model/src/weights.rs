@@ -306,6 +306,8 @@ pub struct Attention {
 }
 
 /// A layer's feed-forward.
+// There is one a layer: a box would save nothing that counts.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
 pub enum Ffn {
     /// One SwiGLU.

@@ -36,29 +36,50 @@ fn missing_and_misshapen_parts_are_named() {
         "expert_used_count",
     ] {
         let key = format!("qwen3next.{key}");
-        assert_says(&changed(|m| drop(m.unset(&key))), &["m.gguf", &key, "is missing"]);
+        assert_says(
+            &changed(|m| {
+                m.unset(&key);
+            }),
+            &["m.gguf", &key, "is missing"],
+        );
     }
     for tensor in ["token_embd.weight", "blk.0.ssm_a", "blk.1.attn_q.weight", "blk.1.ffn_down_exps.weight"] {
-        assert_says(&changed(|m| drop(m.without(tensor))), &["m.gguf", tensor, "is missing"]);
+        assert_says(
+            &changed(|m| {
+                m.without(tensor);
+            }),
+            &["m.gguf", tensor, "is missing"],
+        );
     }
-    let shape =
-        |name: &'static str, shape: &'static [usize]| changed(|m| drop(m.without(name).with(name, DType::F32, shape)));
+    let shape = |name: &'static str, shape: &'static [usize]| {
+        changed(|m| {
+            m.without(name).with(name, DType::F32, shape);
+        })
+    };
     assert_says(&shape("blk.1.attn_k.weight", &[31, 32]), &["blk.1.attn_k.weight", "[31, 32]", "[1, 32, 32]"]);
     assert_says(&shape("output_norm.weight", &[16]), &["output_norm.weight", "[16]", "[32]"]);
     assert_says(&shape("blk.0.ssm_conv1d.weight", &[64, 3]), &["blk.0.ssm_conv1d.weight", "[64, 3]", "[64, 4]"]);
     assert_says(&shape("token_embd.weight", &[299, 32]), &["output.weight", "[300, 32]", "[1, 299, 32]"]);
-    let text = changed(|m| drop(m.without("output_norm.weight").with("output_norm.weight", DType::Q8_0, &[32])));
+    let text = changed(|m| {
+        m.without("output_norm.weight").with("output_norm.weight", DType::Q8_0, &[32]);
+    });
     assert_says(&text, &["output_norm.weight", "type Q8_0", "F32, F16 or BF16"]);
     // A bias that were ignored would give wrong answers.
     assert_says(
-        &changed(|m| drop(m.with("blk.1.attn_q.bias", DType::F32, &[128]))),
+        &changed(|m| {
+            m.with("blk.1.attn_q.bias", DType::F32, &[128]);
+        }),
         &["blk.1.attn_q.bias", "is no tensor"],
     );
 }
 
 #[test]
 fn senseless_values_are_named() {
-    let set = |key: &str, value: Put| changed(|m| drop(m.set(&format!("qwen3next.{key}"), value)));
+    let set = |key: &str, value: Put| {
+        changed(|m| {
+            m.set(&format!("qwen3next.{key}"), value);
+        })
+    };
     assert_says(&set("block_count", Put::U32(0)), &["block_count", "is 0"]);
     assert_says(&set("block_count", Put::U32(u32::MAX)), &["block_count", "4294967295"]);
     assert_says(&set("block_count", Put::Str("two".into())), &["block_count", "\"two\"", "whole number"]);
@@ -144,7 +165,9 @@ fn broken_headers_are_named() {
     assert_says(&offset(1 << 40), &["blk.1.attn_k.weight", "past the file's end"]);
     assert_says(&offset(u64::MAX - 31), &["blk.1.attn_k.weight", "past the file's end"]);
     for alignment in [0u32, 33] {
-        let text = changed(|m| drop(m.keys.insert(0, ("general.alignment".into(), Put::U32(alignment)))));
+        let text = changed(|m| {
+            m.keys.insert(0, ("general.alignment".into(), Put::U32(alignment)));
+        });
         assert_says(&text, &["general.alignment", "power of two"]);
     }
     let (folder, bytes, _) = bytes_and_entry(tensor);
@@ -215,16 +238,27 @@ fn optional_parts_of_a_gguf_file() {
         model.write(&folder.file("m.gguf"));
         open(&folder.file("m.gguf")).unwrap_or_else(|e| panic!("{e}"))
     };
-    let tied = loads(&|m| drop(m.without("output.weight")));
+    let tied = loads(&|m| {
+        m.without("output.weight");
+    });
     assert!(tied.config.tied && same(&tied.weights.output, &tied.weights.token_embd));
     let listed = loads(&|m| {
         m.unset("qwen3next.full_attention_interval");
         m.set("qwen3next.attention.recurrent_layers", Put::Bools(vec![true, false]));
     });
     assert_eq!(listed.config.layers, [LayerKind::Delta, LayerKind::Attention]);
-    let per_layer = loads(&|m| drop(m.set("qwen3next.attention.head_count_kv", Put::I32s(vec![0, 2]))));
+    let per_layer = loads(&|m| {
+        m.set("qwen3next.attention.head_count_kv", Put::I32s(vec![0, 2]));
+    });
     assert_eq!(per_layer.config.attention.kv_heads, 2);
-    assert!(!loads(&|m| drop(m.set("qwen3next.expert_weights_norm", Put::Bool(false)))).config.moe.normalize);
+    assert!(
+        !loads(&|m| {
+            m.set("qwen3next.expert_weights_norm", Put::Bool(false));
+        })
+        .config
+        .moe
+        .normalize
+    );
 
     let bare = loads(&|m| {
         for part in ["ffn_gate_inp_shexp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"] {
@@ -251,7 +285,9 @@ fn optional_parts_of_a_gguf_file() {
     assert!(a.v.is_mapped());
 
     for broken in [Put::Str("llama".into()), Put::Str("none".into())] {
-        let silent = loads(&|m| drop(m.set("tokenizer.ggml.model", broken.clone())));
+        let silent = loads(&|m| {
+            m.set("tokenizer.ggml.model", broken.clone());
+        });
         assert_says(&silent.tokenizer.unwrap_err().to_string(), &["tokenizer.ggml.model", "gpt2"]);
     }
 }

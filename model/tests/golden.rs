@@ -9,10 +9,8 @@ use qwen3next_model::weights::{Ffn, Mixer, Swiglu};
 use qwen3next_model::{Tensor, Tokenizer};
 use std::path::{Path, PathBuf};
 
-/// `verify/golden`, or where Q3N_GOLDEN says it is.
 fn golden() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify/golden");
-    std::env::var_os("Q3N_GOLDEN").map_or(here, PathBuf::from)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify/golden")
 }
 
 fn listed(folder: &Path) -> Vec<PathBuf> {
@@ -107,6 +105,69 @@ fn all_containers_of_a_golden_model_give_one_model() {
     assert!(models >= 7 && files >= 10 && splits >= 2, "{models} models, {files} files, {splits} parts");
 }
 
+/// The `plain` model again, its tensors dealt to `shards` files in turn.
+fn dealt(folder: &common::Folder, shards: usize) {
+    use safetensors::SafeTensors;
+    let plain = golden().join("models/plain");
+    for name in ["config.json", "tokenizer.json"] {
+        std::fs::copy(plain.join(name), folder.file(name)).unwrap();
+    }
+    let bytes = std::fs::read(plain.join("model.safetensors")).unwrap();
+    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let name = |shard: usize| format!("model-{:05}-of-{shards:05}.safetensors", shard + 1);
+    let map: serde_json::Map<String, serde_json::Value> =
+        tensors.iter().enumerate().map(|(i, (tensor, _))| (tensor.clone(), name(i % shards).into())).collect();
+    for shard in 0..shards {
+        let part =
+            tensors.iter().enumerate().filter(|(i, _)| i % shards == shard).map(|(_, (n, t))| (n.clone(), t.clone()));
+        safetensors::serialize_to_file(part, None, &folder.file(&name(shard))).unwrap();
+    }
+    let index = serde_json::json!({ "metadata": {}, "weight_map": map });
+    std::fs::write(folder.file("model.safetensors.index.json"), index.to_string()).unwrap();
+}
+
+#[test]
+fn experts_are_viewed_where_they_lie_evenly_and_copied_where_not() {
+    let expert = |loaded: &Loaded| match &loaded.weights.layers[0].ffn {
+        Ffn::Moe(moe) => moe.gate.clone(),
+        Ffn::Dense(_) => panic!("a sparse layer"),
+    };
+    let plain = open(&golden().join("models/plain")).unwrap();
+    let folder = common::Folder::new();
+    dealt(&folder, 5);
+    let copied = open(&folder.0).unwrap();
+    assert_one_model(&plain, &copied, "dealt to 5 files");
+    assert!(expert(&plain).is_mapped() && !expert(&copied).is_mapped());
+    assert!(expert(&plain).expert_stride() > expert(&copied).expert_stride());
+    assert_eq!(copied.metadata.files.len(), 5);
+}
+
+#[test]
+fn a_wrong_index_is_named() {
+    let folder = common::Folder::new();
+    dealt(&folder, 2);
+    let index = folder.file("model.safetensors.index.json");
+    let intact = std::fs::read_to_string(&index).unwrap();
+    let refused = |from: &str, to: &str| {
+        assert!(intact.contains(from));
+        std::fs::write(&index, intact.replacen(from, to, 1)).unwrap();
+        common::refused(&folder.0)
+    };
+    let first = "model-00001-of-00002.safetensors";
+    let text = refused(first, "../model.safetensors");
+    assert!(text.contains("index.json") && text.contains("expected a file of this folder"), "{text}");
+    let text = refused(first, "absent.safetensors");
+    assert!(text.contains("absent.safetensors"), "{text}");
+    let text = refused("lm_head.weight", "lm_tail.weight");
+    assert!(text.contains("lm_tail.weight: is not in model-0000"), "{text}");
+    let text = refused("weight_map", "weights");
+    assert!(text.contains("index.json") && text.contains("weight_map"), "{text}");
+    std::fs::write(&index, &intact).unwrap();
+    std::fs::remove_file(folder.file(first)).unwrap();
+    assert!(common::refused(&folder.0).contains(first));
+}
+
 #[test]
 fn what_is_special_in_the_golden_models_is_read() {
     let load = |name: &str| open(&golden().join("models").join(name)).unwrap_or_else(|e| panic!("{e}"));
@@ -176,8 +237,7 @@ fn as_gguf(json: &Path, out: &Path) -> usize {
 #[test]
 fn golden_texts_give_golden_ids_and_back() {
     let folder = common::Folder::new();
-    let json = std::env::var_os("Q3N_GOLDEN").map(|g| PathBuf::from(g).join("../../model/assets"));
-    let json = json.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("assets")).join("tokenizer.json");
+    let json = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tokenizer.json");
     let gguf = folder.file("tokenizer.gguf");
     let vocab = as_gguf(&json, &gguf);
     let gguf = qwen3next_model::gguf::Gguf::open(&gguf, Default::default()).unwrap();
