@@ -461,6 +461,11 @@ fn is_recurrent(variant: &Variant<gated_delta::Op>) -> bool {
 /// Properties repeat calls; beyond this many state updates the reference check alone is worth its time.
 const PROPERTY_WORK: usize = 1_200_000;
 
+/// A number below `n` (0 where there is none), another one for every seed and n.
+fn pick(seed: u64, n: usize) -> usize {
+    (seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % n.max(1)
+}
+
 fn passed() -> Outcome {
     Ok(Some(Metrics::default()))
 }
@@ -611,27 +616,35 @@ fn join(case: &Case, at: usize, first: &Outputs, second: Outputs) -> Outputs {
     }
 }
 
-/// A call split in two at any token is the whole call: bit for bit token by token, within the bound of chunks that
-/// start anew there otherwise.
+/// A call split in two at any token is the whole call: bit for bit token by token and at the edge of a chunk, within
+/// the bound of chunks that start anew there otherwise.
 fn split(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     if case.rows != Rows::Dense || case.state == StateKind::Dropped || case.work() > PROPERTY_WORK {
         return Ok(None);
     }
     let inputs = Inputs::generate(case, seed);
-    let at = seed as usize % (case.t + 1);
-    let (head, head_inputs) = slice(case, &inputs, 0, at);
-    let (tail, mut tail_inputs) = slice(case, &inputs, at, case.t);
-    let first = call(&exec(variant), &head, &head_inputs)?;
-    tail_inputs.state.clone_from(&first.state);
-    // From here the state is an input, whatever it was.
-    let tail = Case { state: if tail.has_state_in() { tail.state } else { StateKind::InOut }, ..tail };
-    let second = call(&exec(variant), &tail, &tail_inputs)?;
-    let joined = join(case, at, &first, second);
-    if is_recurrent(variant) {
-        all_bitwise(&format!("split at {at}"), &joined, &call(&exec(variant), case, &inputs)?)?;
+    let in_two = |at: usize| -> Result<Outputs, Failure> {
+        let (head, head_inputs) = slice(case, &inputs, 0, at);
+        let (tail, mut tail_inputs) = slice(case, &inputs, at, case.t);
+        let first = call(&exec(variant), &head, &head_inputs)?;
+        tail_inputs.state.clone_from(&first.state);
+        // From here the state is an input, whatever it was.
+        let tail = Case { state: if tail.has_state_in() { tail.state } else { StateKind::InOut }, ..tail };
+        let second = call(&exec(variant), &tail, &tail_inputs)?;
+        Ok(join(case, at, &first, second))
+    };
+    let whole = call(&exec(variant), case, &inputs)?;
+    let at = pick(seed, case.t + 1);
+    let form = Form::of(variant.name());
+    let edge = match form {
+        Form::Recurrent => at,
+        Form::Chunked(n) | Form::Split(n) => at / n * n,
+    };
+    all_bitwise(&format!("split at {edge}"), &in_two(edge)?, &whole)?;
+    if edge == at {
         return passed();
     }
-    judge(case, &inputs, Form::of(variant.name()), at).compare(case, &joined).map(Some)
+    judge(case, &inputs, form, at).compare(case, &in_two(at)?).map(Some)
 }
 
 /// Asking for snapshots changes nothing else; the last one is the state, and a call that starts from one gives what the
@@ -647,7 +660,7 @@ fn snapshots(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outc
     bitwise("o without snapshots", &without.o, &all.o)?;
     bitwise("state without snapshots", &without.state, &all.state)?;
 
-    let at = seed as usize % case.t + 1;
+    let at = pick(seed, case.t) + 1;
     let (tail, mut tail_inputs) = slice(&case, &inputs, at, case.t);
     let n = case.state_len();
     let snapshot = |b: usize, t: usize| &all.snapshots[(b * case.t + t) * n..][..n];
@@ -684,8 +697,8 @@ fn channels(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
             .copied()
             .collect()
     };
-    let turned: Vec<usize> = (0..case.v).map(|j| (j + 1 + seed as usize) % case.v).collect();
-    for order in [turned, vec![seed as usize % case.v]] {
+    let turned: Vec<usize> = (0..case.v).map(|j| (j + 1 + pick(seed, case.v)) % case.v).collect();
+    for order in [turned, vec![pick(seed, case.v)]] {
         let other = Case { v: order.len(), ..case.clone() };
         let picked =
             Inputs { v: pick(&inputs.v, 1, &order), state: pick(&inputs.state, case.k, &order), ..inputs.clone() };
@@ -745,8 +758,8 @@ fn isolation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outc
     }
     let inputs = Inputs::generate(case, seed);
     let base = call(&exec(variant), case, &inputs)?;
-    let sequence = seed as usize % case.b;
-    let head = seed as usize / 7 % case.hv;
+    let sequence = pick(seed, case.b);
+    let head = pick(seed + 1, case.hv);
     for whole_sequence in [true, false] {
         let mut bad = inputs.clone();
         let poisoned = |b: usize, h: usize| b == sequence && (whole_sequence || h == head);
@@ -802,10 +815,10 @@ fn non_finite(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Out
     }
     let inputs = Inputs::generate(case, seed);
     let base = call(&exec(variant), case, &inputs)?;
-    let at = seed as usize % case.t;
+    let at = pick(seed, case.t);
     let put = |x: &mut Vec<f32>, width: usize, value: f32| {
         if !x.is_empty() {
-            let i = (at * width + seed as usize / 3 % width.max(1)) % x.len();
+            let i = (at * width + pick(seed + 1, width)) % x.len();
             x[i] = value;
         }
     };
@@ -857,7 +870,7 @@ fn causality(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outc
     }
     let inputs = Inputs::generate(case, seed);
     let base = call(&exec(variant), case, &inputs)?;
-    let at = seed as usize % case.t;
+    let at = pick(seed, case.t);
     let mut changed = inputs.clone();
     let spoil = |x: &mut [f32], width: usize| {
         for b in 0..case.b {
@@ -908,7 +921,7 @@ fn forgetting(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Out
         return Ok(None);
     }
     let mut inputs = Inputs::generate(case, seed);
-    let at = seed as usize % case.t;
+    let at = pick(seed, case.t);
     let width = case.hv * case.width();
     for b in 0..case.b {
         inputs.g[(b * case.t + at) * width..][..width].fill(-316.0);
