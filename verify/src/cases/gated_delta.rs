@@ -691,7 +691,7 @@ fn channels(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
     }
     let inputs = Inputs::generate(case, seed);
     let base = call(&exec(variant), case, &inputs)?;
-    let pick = |x: &[f32], width: usize, order: &[usize]| -> Vec<f32> {
+    let take = |x: &[f32], width: usize, order: &[usize]| -> Vec<f32> {
         x.chunks((case.v * width).max(1))
             .flat_map(|row| order.iter().flat_map(move |&j| &row[j * width..(j + 1) * width]))
             .copied()
@@ -701,11 +701,11 @@ fn channels(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
     for order in [turned, vec![pick(seed, case.v)]] {
         let other = Case { v: order.len(), ..case.clone() };
         let picked =
-            Inputs { v: pick(&inputs.v, 1, &order), state: pick(&inputs.state, case.k, &order), ..inputs.clone() };
+            Inputs { v: take(&inputs.v, 1, &order), state: take(&inputs.state, case.k, &order), ..inputs.clone() };
         let want = Outputs {
-            o: pick(&base.o, 1, &order),
-            state: pick(&base.state, case.k, &order),
-            snapshots: pick(&base.snapshots, case.k, &order),
+            o: take(&base.o, 1, &order),
+            state: take(&base.state, case.k, &order),
+            snapshots: take(&base.snapshots, case.k, &order),
         };
         all_bitwise("some value channels", &call(&exec(variant), &other, &picked)?, &want)?;
     }
