@@ -439,10 +439,11 @@ pub mod merge {
     /// Whether the elements of a view lie one after the other.
     fn packed<const R: usize>(view: &View<R>) -> bool {
         let mut expected = 1usize;
-        (0..R).rev().all(|i| {
-            let ok = view.shape()[i] <= 1 || view.stride(i) as usize == expected;
-            expected = expected.saturating_mul(view.shape()[i]);
-            ok
-        })
+        view.shape().contains(&0)
+            || (0..R).rev().all(|i| {
+                let ok = view.shape()[i] <= 1 || view.stride(i) as usize == expected;
+                expected = expected.saturating_mul(view.shape()[i]);
+                ok
+            })
     }
 }

@@ -48,44 +48,18 @@ static chunk layout(const q3n_gated_delta_args *a, int64_t C, float *at) {
   return x;
 }
 
-/* A tile c[m][n] += sign a[m][l] b[l][n] with m <= 4, n <= 8; each element is one sum over l in order. */
-static inline __attribute__((always_inline)) void tile(float *c, int64_t c_row, const float *a, int64_t a_row,
-                                                       const float *b, int64_t b_row, const int m, const int n,
-                                                       int64_t l, float sign) {
-  float sum[4][8] = {{0}};
-  for (int64_t i = 0; i < l; i++)
-    for (int r = 0; r < m; r++)
-      for (int p = 0; p < n; p++) sum[r][p] += a[r * a_row + i] * b[i * b_row + p];
-  for (int r = 0; r < m; r++)
-    for (int p = 0; p < n; p++) c[r * c_row + p] += sign * sum[r][p];
-}
-
-/* c[m][n] += sign a[m][l] b[l][n]. The 32 sums of a full tile stay in registers. */
-static void multiply_add(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t b_row,
-                         int64_t m, int64_t n, int64_t l, float sign) {
-  for (int64_t i = 0; i < m; i += 4)
-    for (int64_t j = 0; j < n; j += 8) {
-      const int rows = m - i < 4 ? (int)(m - i) : 4, columns = n - j < 8 ? (int)(n - j) : 8;
-      if (rows == 4 && columns == 8)
-        tile(c + i * c_row + j, c_row, a + i * a_row, a_row, b + j, b_row, 4, 8, l, sign);
-      else
-        tile(c + i * c_row + j, c_row, a + i * a_row, a_row, b + j, b_row, rows, columns, l, sign);
-    }
-}
-
-/* y_i += sign sum_{j < i + diagonal} a_ij x_j for rows i in order, so that y = x, diagonal = 0, sign = -1 solves
-   (I + A) y = y. Only the triangle is touched: 0 * NaN from a later token would be NaN. */
-static void triangle_add(float *y, int64_t y_row, const float *a, int64_t a_row, const float *x, int64_t x_row,
-                         int64_t n, int64_t width, int64_t diagonal, float sign) {
-  for (int64_t i0 = 0; i0 < n; i0 += 4) {
-    const int64_t rows = n - i0 < 4 ? n - i0 : 4;
-    multiply_add(y + i0 * y_row, y_row, a + i0 * a_row, a_row, x, x_row, rows, width, i0, sign);
-    for (int64_t i = i0; i < i0 + rows; i++)
-      for (int64_t j = i0; j < i + diagonal; j++) {
-        const float w = sign * a[i * a_row + j];
-        for (int64_t c = 0; c < width; c++) y[i * y_row + c] += w * x[j * x_row + c];
-      }
+/* y[n] += sign sum_j a[j] x[j][n] over j < m, in the order of j. Four rows of x at a time, so that y is loaded and
+   stored a quarter as often; the sums are the same. y is no row of x. */
+static void combine(float *restrict y, float sign, const float *restrict a, const float *restrict x, int64_t x_row,
+                    int64_t m, int64_t n) {
+  int64_t j = 0;
+  for (; j + 4 <= m; j += 4) {
+    const float a0 = sign * a[j], a1 = sign * a[j + 1], a2 = sign * a[j + 2], a3 = sign * a[j + 3];
+    const float *x0 = x + j * x_row, *x1 = x0 + x_row, *x2 = x1 + x_row, *x3 = x2 + x_row;
+    for (int64_t c = 0; c < n; c++) y[c] = (((y[c] + a0 * x0[c]) + a1 * x1[c]) + a2 * x2[c]) + a3 * x3[c];
   }
+  for (; j < m; j++)
+    for (int64_t c = 0; c < n; c++) y[c] += sign * a[j] * x[j * x_row + c];
 }
 
 static void load_tokens(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
@@ -102,19 +76,16 @@ static void load_tokens(const q3n_gated_delta_args *a, const gd_head *x, int64_t
 /* A, P and k_end where one decay serves all channels: plain products of keys and queries, then ∘ Γ row by row. */
 static void scores_one_decay(const q3n_gated_delta_args *a, chunk *ch) {
   const int64_t n = ch->n, C = ch->C, K = a->K;
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j < n; j++) ch->a[i * C + j] = ch->p[i * C + j] = 0.0f;
-  for (int64_t i = 0; i < n; i += 4) {
-    const int64_t rows = n - i < 4 ? n - i : 4;
-    multiply_add(ch->a + i * C, C, ch->k + i * K, K, ch->k_end, C, rows, i + rows, K, 1.0f);
-    multiply_add(ch->p + i * C, C, ch->q + i * K, K, ch->k_end, C, rows, i + rows, K, 1.0f);
-  }
   for (int64_t i = 0; i < n; i++) {
+    float *ai = ch->a + i * C, *pi = ch->p + i * C;
     const float e = ch->decay[i * K];
+    for (int64_t j = 0; j <= i; j++) ai[j] = pi[j] = 0.0f;
+    combine(ai, 1.0f, ch->k + i * K, ch->k_end, C, K, i);
+    combine(pi, 1.0f, ch->q + i * K, ch->k_end, C, K, i + 1);
     for (int64_t j = 0; j < i; j++) {
       ch->reach[j] *= e;
-      ch->a[i * C + j] *= ch->beta[i] * ch->reach[j];
-      ch->p[i * C + j] *= ch->reach[j];
+      ai[j] *= ch->beta[i] * ch->reach[j];
+      pi[j] *= ch->reach[j];
     }
     ch->reach[i] = 1.0f;
   }
@@ -165,23 +136,35 @@ static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t
     scores_one_decay(a, ch);
   const float *gamma = decay_from_start(a, ch);
 
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j < V; j++) ch->u[i * V + j] = x->v[(t0 + i) * a->v_t + j];
-  multiply_add(ch->u, V, ch->k, K, ch->s, V, n, V, K, -1.0f);
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j < V; j++) ch->u[i * V + j] *= ch->beta[i];
-  triangle_add(ch->u, V, ch->a, C, ch->u, V, n, V, 0, -1.0f);
-
-  float *o = x->o + t0 * a->o_t;
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j < V; j++) o[i * a->o_t + j] = 0.0f;
-  multiply_add(o, a->o_t, ch->q, K, ch->s, V, n, V, K, 1.0f);
-  triangle_add(o, a->o_t, ch->p, C, ch->u, V, n, V, 1, 1.0f);
+  /* Row i of u needs the rows before it alone: forward substitution is one combine a row. Nothing is ever multiplied
+     by the zeros above the diagonal, where a NaN of a later token would come back in time. */
+  for (int64_t i = 0; i < n; i++) {
+    float *u = ch->u + i * V;
+    for (int64_t j = 0; j < V; j++) u[j] = x->v[(t0 + i) * a->v_t + j];
+    combine(u, -1.0f, ch->k + i * K, ch->s, V, K, V);
+    for (int64_t j = 0; j < V; j++) u[j] *= ch->beta[i];
+    combine(u, -1.0f, ch->a + i * C, ch->u, V, i, V);
+  }
+  for (int64_t i = 0; i < n; i++) {
+    float *o = x->o + (t0 + i) * a->o_t;
+    for (int64_t j = 0; j < V; j++) o[j] = 0.0f;
+    combine(o, 1.0f, ch->q + i * K, ch->s, V, K, V);
+    combine(o, 1.0f, ch->p + i * C, ch->u, V, i + 1, V);
+  }
 
   if (x->snapshots) gd_replay_snapshots(a, x, t0, n, ch->s, 1, V, ch->u, ch->row[1], ch->row[2]);
-  for (int64_t c = 0; c < K; c++)
-    for (int64_t j = 0; j < V; j++) ch->s[c * V + j] *= gamma[c];
-  multiply_add(ch->s, V, ch->k_end, C, ch->u, V, K, V, n, 1.0f);
+  for (int64_t c = 0; c < K; c++) {
+    float *s = ch->s + c * V;
+    for (int64_t j = 0; j < V; j++) s[j] *= gamma[c];
+    combine(s, 1.0f, ch->k_end + c * C, ch->u, V, n, V);
+  }
+}
+
+/* y[columns][rows] = x[rows][columns], 16 columns at a time so that a cache line is used whole once it is loaded. */
+static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, int64_t rows, int64_t columns) {
+  for (int64_t c0 = 0; c0 < columns; c0 += 16)
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = c0; c < columns && c < c0 + 16; c++) y[c * y_row + r] = x[r * x_row + c];
 }
 
 static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end, float *scratch, int64_t C) {
@@ -194,15 +177,15 @@ static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end,
       gd_zero_output(a, &x);
       continue;
     }
-    for (int64_t j = 0; j < V; j++)
-      for (int64_t c = 0; c < K; c++) ch.s[c * V + j] = x.state_in ? x.state_in[j * a->state_v + c] : 0.0f;
+    if (x.state_in)
+      transpose(ch.s, V, x.state_in, a->state_v, V, K);
+    else
+      gd_copy_rows(ch.s, V, NULL, 0, K, V);
     for (int64_t t0 = 0; t0 < x.T; t0 += C) {
       ch.n = x.T - t0 < C ? x.T - t0 : C;
       run_chunk(a, &x, t0, &ch);
     }
-    if (x.state_out)
-      for (int64_t j = 0; j < V; j++)
-        for (int64_t c = 0; c < K; c++) x.state_out[j * a->state_v + c] = ch.s[c * V + j];
+    if (x.state_out) transpose(x.state_out, a->state_v, ch.s, V, K, V);
   }
   return Q3N_OK;
 }

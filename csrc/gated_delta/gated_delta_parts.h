@@ -54,14 +54,18 @@ static inline float gd_sum8(const float s[8]) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
+static inline float gd_dot(const float *x, const float *y, int64_t n) {
+  const int64_t whole = n - n % 8;
+  float sum[8] = {0};
+  for (int64_t c = 0; c < whole; c += 8)
+    for (int p = 0; p < 8; p++) sum[p] += x[c + p] * y[c + p];
+  for (int64_t c = whole; c < n; c++) sum[c - whole] += x[c] * y[c];
+  return gd_sum8(sum);
+}
+
 /* y = x, L2-normalised where the args ask for it, times `scale`. */
 static inline void gd_load_vector(const q3n_gated_delta_args *a, const float *x, float scale, float *y) {
-  float inverse_norm = 1.0f;
-  if (a->qk_l2norm) {
-    float sum[8] = {0};
-    for (int64_t c = 0; c < a->K; c++) sum[c % 8] += x[c] * x[c];
-    inverse_norm = 1.0f / sqrtf(gd_sum8(sum) + a->qk_l2norm_eps);
-  }
+  const float inverse_norm = a->qk_l2norm ? 1.0f / sqrtf(gd_dot(x, x, a->K) + a->qk_l2norm_eps) : 1.0f;
   for (int64_t c = 0; c < a->K; c++) y[c] = x[c] * inverse_norm * scale;
 }
 
@@ -71,7 +75,7 @@ static inline void gd_load_decay(const q3n_gated_delta_args *a, const gd_head *x
   for (int64_t c = 0; c < a->K; c++) decay[c] = a->gate == Q3N_GATE_CHANNEL ? expf(x->g[t * a->g_t + c]) : e;
 }
 
-/* y[i * stride .. + n] = src, or zeros where src is NULL; y may be src itself. */
+/* y = src row by row, or zeros where src is NULL. */
 static inline void gd_copy_rows(float *y, int64_t y_row, const float *src, int64_t src_row, int64_t rows, int64_t n) {
   for (int64_t i = 0; i < rows; i++)
     for (int64_t c = 0; c < n; c++) y[i * y_row + c] = src ? src[i * src_row + c] : 0.0f;

@@ -3,37 +3,30 @@
 
 q3n_status q3n_gated_delta_recurrent_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
 
-/* One token on N state rows s[N][K]. Rows do not meet; several at a time only share the loads of k, q and the decay.
-   The decayed row is formed twice rather than stored between the two passes: the same bits, half the stores. */
-static inline __attribute__((always_inline)) void step(float *s, const int N, int64_t K, const float *decay,
-                                                       const float *k, const float *q, float beta, const float *v,
-                                                       float *o) {
-  float sk[4][8] = {{0}}, sq[4][8] = {{0}}, u[4];
+/* One token on one state row; returns the row's element of o. Both dot products keep eight partial sums, which the
+   compiler makes vectors of. The decayed row is formed twice rather than stored between the two passes: the same bits,
+   half the stores. */
+static float step(float *restrict s, int64_t K, const float *restrict decay, const float *restrict k,
+                  const float *restrict q, float beta, float v) {
   const int64_t whole = K - K % 8;
+  float sk[8] = {0}, sq[8] = {0};
 
   for (int64_t c = 0; c < whole; c += 8)
-    for (int r = 0; r < N; r++)
-      for (int p = 0; p < 8; p++) sk[r][p] += decay[c + p] * s[r * K + c + p] * k[c + p];
-  for (int64_t c = whole; c < K; c++)
-    for (int r = 0; r < N; r++) sk[r][c % 8] += decay[c] * s[r * K + c] * k[c];
+    for (int p = 0; p < 8; p++) sk[p] += decay[c + p] * s[c + p] * k[c + p];
+  for (int64_t c = whole; c < K; c++) sk[c - whole] += decay[c] * s[c] * k[c];
 
-  for (int r = 0; r < N; r++) u[r] = beta * (v[r] - gd_sum8(sk[r]));
+  const float u = beta * (v - gd_sum8(sk));
 
   for (int64_t c = 0; c < whole; c += 8)
-    for (int r = 0; r < N; r++)
-      for (int p = 0; p < 8; p++) {
-        const float x = decay[c + p] * s[r * K + c + p] + u[r] * k[c + p];
-        s[r * K + c + p] = x;
-        sq[r][p] += x * q[c + p];
-      }
-  for (int64_t c = whole; c < K; c++)
-    for (int r = 0; r < N; r++) {
-      const float x = decay[c] * s[r * K + c] + u[r] * k[c];
-      s[r * K + c] = x;
-      sq[r][c % 8] += x * q[c];
+    for (int p = 0; p < 8; p++) {
+      s[c + p] = decay[c + p] * s[c + p] + u * k[c + p];
+      sq[p] += s[c + p] * q[c + p];
     }
-
-  for (int r = 0; r < N; r++) o[r] = gd_sum8(sq[r]);
+  for (int64_t c = whole; c < K; c++) {
+    s[c] = decay[c] * s[c] + u * k[c];
+    sq[c - whole] += s[c] * q[c];
+  }
+  return gd_sum8(sq);
 }
 
 q3n_status q3n_gated_delta_recurrent_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
@@ -52,9 +45,7 @@ q3n_status q3n_gated_delta_recurrent_scalar(const q3n_gated_delta_args *a, int64
       gd_load_vector(a, x.k + t * a->k_t, 1.0f, k);
       gd_load_vector(a, x.q + t * a->q_t, a->scale, q);
       gd_load_decay(a, &x, t, decay);
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) step(s + r * K, 4, K, decay, k, q, beta, v + r, o + r);
-      for (; r < rows; r++) step(s + r * K, 1, K, decay, k, q, beta, v + r, o + r);
+      for (int64_t r = 0; r < rows; r++) o[r] = step(s + r * K, K, decay, k, q, beta, v[r]);
       if (x.snapshots)
         gd_copy_rows(x.snapshots + t * a->snap_t + first * a->snap_v, a->snap_v, s, K, rows, K);
     }

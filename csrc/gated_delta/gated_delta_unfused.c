@@ -44,15 +44,6 @@ static chunk layout(const q3n_gated_delta_args *a, float *at) {
   return x;
 }
 
-static float dot(const float *x, const float *y, int64_t n) {
-  float sum[8] = {0};
-  int64_t c = 0;
-  for (; c + 8 <= n; c += 8)
-    for (int p = 0; p < 8; p++) sum[p] += x[c + p] * y[c + p];
-  for (; c < n; c++) sum[c % 8] += x[c] * y[c];
-  return gd_sum8(sum);
-}
-
 static void load_tokens(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
   for (int64_t i = 0; i < ch->n; i++) {
     gd_load_vector(a, x->k + (t0 + i) * a->k_t, 1.0f, ch->k + i * a->K);
@@ -73,11 +64,11 @@ static void scores(int64_t K, chunk *ch) {
   for (int64_t j = 0; j < ch->n; j++) {
     float *key = ch->k_end + j * K;
     for (int64_t c = 0; c < K; c++) key[c] = ch->k[j * K + c];
-    ch->p[j * C + j] = dot(ch->q + j * K, key, K);
+    ch->p[j * C + j] = gd_dot(ch->q + j * K, key, K);
     for (int64_t i = j + 1; i < ch->n; i++) {
       for (int64_t c = 0; c < K; c++) key[c] *= ch->decay[i * K + c];
-      ch->a[i * C + j] = ch->beta[i] * dot(ch->k + i * K, key, K);
-      ch->p[i * C + j] = dot(ch->q + i * K, key, K);
+      ch->a[i * C + j] = ch->beta[i] * gd_dot(ch->k + i * K, key, K);
+      ch->p[i * C + j] = gd_dot(ch->q + i * K, key, K);
     }
   }
 }
@@ -105,7 +96,7 @@ static q3n_status solve(const q3n_gated_delta_args *a, const gd_head *x, int64_t
 static void pseudo_values(int64_t K, int64_t V, chunk *ch) {
   for (int64_t i = 0; i < ch->n; i++) {
     const float *uw = ch->uw + i * (V + K);
-    for (int64_t j = 0; j < V; j++) ch->u[i * V + j] = uw[j] - dot(uw + V, ch->s + j * K, K);
+    for (int64_t j = 0; j < V; j++) ch->u[i * V + j] = uw[j] - gd_dot(uw + V, ch->s + j * K, K);
   }
 }
 
@@ -115,7 +106,7 @@ static void output(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, 
   for (int64_t i = 0; i < ch->n; i++) {
     float *o = x->o + (t0 + i) * a->o_t;
     for (int64_t c = 0; c < K; c++) q[c] = ch->gamma[i * K + c] * ch->q[i * K + c];
-    for (int64_t j = 0; j < V; j++) o[j] = dot(q, ch->s + j * K, K);
+    for (int64_t j = 0; j < V; j++) o[j] = gd_dot(q, ch->s + j * K, K);
     for (int64_t t = 0; t <= i; t++)
       for (int64_t j = 0; j < V; j++) o[j] += ch->p[i * C + t] * ch->u[t * V + j];
   }

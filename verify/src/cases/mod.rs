@@ -11,18 +11,36 @@ pub mod quant;
 pub mod rope;
 pub mod solve_tri;
 
-use crate::suite::Entry;
+use crate::suite::{Entry, Rng};
+use rand::Rng as _;
 
 /// Every suite, in the order of reports.
 pub fn all() -> Vec<Entry> {
     vec![
+        Entry::of::<gated_delta::GatedDelta>(),
+        Entry::of::<solve_tri::SolveTri>(),
+        Entry::of::<causal_conv::CausalConv>(),
+        Entry::of::<norm::Norm>(),
+        Entry::of::<rope::Rope>(),
+        Entry::of::<attention::Attention>(),
+        Entry::of::<attention::Merge>(),
+        Entry::of::<quant::Dequantize>(),
+        Entry::of::<quant::Quantize>(),
         Entry::of::<matmul::Matmul>(),
         Entry::of::<moe::MoeRoute>(),
         Entry::of::<moe::MoeGroup>(),
         Entry::of::<moe::MoeUp>(),
         Entry::of::<moe::MoeDown>(),
-        Entry::of::<quant::Dequantize>(),
-        Entry::of::<quant::Quantize>(),
-        Entry::of::<solve_tri::SolveTri>(),
     ]
+}
+
+/// A standard normal number.
+pub(crate) fn normal(rng: &mut Rng) -> f32 {
+    let (u, angle): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random::<f64>() * std::f64::consts::TAU);
+    ((-2.0 * u.ln()).sqrt() * angle.cos()) as f32
+}
+
+/// The same numbers in f64.
+pub(crate) fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
 }

@@ -1,0 +1,104 @@
+//! Options that every command with a model takes, and loading it.
+
+use anyhow::{bail, Context};
+use qwen3next_model::forward::{FusedDelta, Options};
+use qwen3next_model::tokenizer::Tokenizer;
+use qwen3next_model::{Metadata, Model};
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args, Clone)]
+pub struct Args {
+    /// GGUF file (any part of a split one) or Hugging Face folder; by default the embedded model.
+    #[arg(short, long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Tokens handed to the model in one call.
+    #[arg(short, long, default_value_t = 2048, value_parser = at_least_one)]
+    pub batch: usize,
+    /// Tokens that go through the layers together (-ub).
+    #[arg(long, default_value_t = 512, value_parser = at_least_one)]
+    pub ubatch: usize,
+    /// Threads; by default one a core.
+    #[arg(short, long, value_parser = at_least_one)]
+    pub threads: Option<usize>,
+    /// Delta rule: 0 unfused, 1 fused for several tokens, 2 fused (default; also from Q3N_FUSED_DELTA or
+    /// LLAMA_QWEN3NEXT_FUSED_DELTA).
+    #[arg(long, value_name = "0|1|2")]
+    pub fused_delta: Option<u32>,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
+        _ => Err("expected a whole number from 1 to 1048576".into()),
+    }
+}
+
+/// A model with what its file said beside the weights.
+pub struct Loaded {
+    /// The model.
+    pub model: Model,
+    /// Where it came from, for messages.
+    pub name: String,
+    /// What the file says beside sizes and weights.
+    pub metadata: Metadata,
+    tokenizer: Result<Tokenizer, qwen3next_model::Error>,
+}
+
+impl Loaded {
+    /// The tokenizer, or an error that names the file.
+    pub fn tokenizer(&self) -> anyhow::Result<&Tokenizer> {
+        self.tokenizer.as_ref().map_err(|e| anyhow::anyhow!("{}: no usable tokenizer: {e}", self.name))
+    }
+}
+
+impl Args {
+    /// Loads the model and sets up the threads.
+    pub fn load(&self) -> anyhow::Result<Loaded> {
+        self.forward()?;
+        if let Some(threads) = self.threads {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+        }
+        load(self.model.as_deref())
+    }
+
+    /// How forward passes run.
+    pub fn forward(&self) -> anyhow::Result<Options> {
+        let (source, number) = match self.fused_delta {
+            Some(number) => ("--fused-delta", Some(number.to_string())),
+            None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
+                .into_iter()
+                .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
+                .unwrap_or(("", None)),
+        };
+        let fused_delta = match number {
+            None => FusedDelta::default(),
+            Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
+                Some(mode) => mode,
+                None => bail!("{source} {text}: expected 0, 1 or 2"),
+            },
+        };
+        Ok(Options { ubatch: self.ubatch, fused_delta })
+    }
+}
+
+/// Loads a model, the embedded one where no path is given, with a progress bar.
+pub fn load(path: Option<&Path>) -> anyhow::Result<Loaded> {
+    let bar = super::progress(0, "loading {wide_bar} {pos}/{len} layers");
+    let loaded = match path {
+        Some(path) => qwen3next_model::Weights::load(path, &mut |progress| {
+            bar.set_length(progress.total as u64);
+            bar.set_position(progress.done as u64);
+        })?,
+        None => qwen3next_model::embedded::load()?,
+    };
+    bar.finish_and_clear();
+    for warning in &loaded.metadata.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(Loaded {
+        model: Model::new(loaded.config, loaded.weights),
+        name: path.map_or("the embedded model".into(), |p| p.display().to_string()),
+        metadata: loaded.metadata,
+        tokenizer: loaded.tokenizer,
+    })
+}
