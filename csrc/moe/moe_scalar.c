@@ -16,8 +16,8 @@ static void lower_to(int64_t *lowest, int64_t token) {
   }
 }
 
-/* Units in which a token's exponentials (at most 1) are added: integers, so the total does not depend on the order of the
-   experts. 65536 of them fit in 64 bits. */
+/* Units in which a token's exponentials (at most 1) are added: integers, so the total does not depend on the order
+   of the experts. 65536 of them fit in 64 bits. */
 static const float unit = 0x1p47f;
 
 /* exp(logit - max); logits equal to the maximum count 1, so an infinite maximum is no inf - inf. */

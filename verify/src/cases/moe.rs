@@ -255,24 +255,20 @@ case! {
     }
 }
 
-fn grouped(
-    variant: &Variant<group::Op>,
-    case: &GroupCase,
-    ids: &[i32],
-) -> Result<(Vec<i64>, Vec<i64>), (Error, Vec<i64>, Vec<i64>)> {
+/// Order and offsets, beside what the call returned.
+fn grouped(variant: &Variant<group::Op>, case: &GroupCase, ids: &[i32]) -> (Result<(), Error>, Vec<i64>, Vec<i64>) {
     let (mut order, mut offsets) = (vec![i64::MIN; ids.len()], vec![i64::MIN; case.e + 1]);
     let args = group::Args { order: &mut order, offsets: &mut offsets, ids, top_k: case.top_k };
-    match group::run(args, &Exec::variant(*variant)) {
-        Ok(()) => Ok((order, offsets)),
-        Err(e) => Err((e, order, offsets)),
-    }
+    let result = group::run(args, &Exec::variant(*variant));
+    (result, order, offsets)
 }
 
 /// The stable sort by expert.
 fn grouped_reference(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> Outcome {
     let ids = crowd_ids(case.crowd, case.t, case.e, case.top_k, &mut rng(seed));
-    let got = grouped(variant, case, &ids).map_err(|(e, ..)| e)?;
-    let want = reference::group(&ids, case.e);
+    let (result, order, offsets) = grouped(variant, case, &ids);
+    result?;
+    let (got, want) = ((order, offsets), reference::group(&ids, case.e));
     if got != want {
         return Err(Failure::new(format!("ids {ids:?}: got {got:?}, expected {want:?}")));
     }
@@ -289,7 +285,7 @@ fn grouped_bad_id(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> 
     for bad in [-1, case.e as i32, i32::MIN, i32::MAX] {
         ids[at] = bad;
         match grouped(variant, case, &ids) {
-            Err((e, order, offsets))
+            (Err(e), order, offsets)
                 if e.to_string().contains("ids: value") && order.iter().chain(&offsets).all(|&o| o == i64::MIN) => {}
             other => return Err(Failure::new(format!("id {bad}: {other:?}"))),
         }
@@ -612,8 +608,8 @@ fn unselected_poisoned(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     PASSED
 }
 
-/// Accumulating adds the result to what was there, rounding once; no weights are weights of 1; the same expert twice with
-/// halves is the expert once.
+/// Accumulating adds the result to what was there, rounding once; no weights are weights of 1; the same expert twice
+/// with halves is the expert once.
 fn combining(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let (_, y) = feed(execs, case, &inputs)?;

@@ -188,7 +188,8 @@ fn decoded_reference(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) 
     compare("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want, &bound, case.n()).map(Some)
 }
 
-/// Random bytes throughout, scales included: infinities, NaN and subnormal scales come out where the reference has them.
+/// Random bytes throughout, scales included: infinities, NaN and subnormal scales come out where the reference has
+/// them.
 fn any_bytes(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
     let mut rng = rng(seed);
     let n = case.dtype.dtype().bytes(case.rows * case.n()).expect("whole blocks");
@@ -256,8 +257,8 @@ impl Suite for Dequantize {
     }
 }
 
-/// Packed bytes of `x`. The output lies between guard bytes; it is made twice over different poison, so that a byte left
-/// unwritten shows.
+/// Packed bytes of `x`. The output lies between guard bytes; it is made twice over different poison, so that a byte
+/// left unwritten shows.
 fn encode(exec: &Exec<quantize::Op>, case: &Case, x: &[f32]) -> Result<Vec<u8>, Failure> {
     let (dtype, n) = (case.dtype.dtype(), case.n());
     let gap = if case.layout == Layout::Gaps { dtype.block() } else { 0 };
@@ -316,8 +317,8 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Decoded again, plain types and simple blocks stay within half a step of each element; a K block's squared error is at
-/// most that of the plain scheme.
+/// Decoded again, plain types and simple blocks stay within half a step of each element; a K block's squared error
+/// is at most that of the plain scheme.
 fn round_trip(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
     let x = values(case, seed);
     let dtype = case.dtype.dtype();
@@ -384,8 +385,8 @@ fn scaling(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
     Ok(Some(Metrics::default()))
 }
 
-/// Zeros decode to zeros; a NaN or an infinity leaves nothing finite in its block and does not leave it; what exceeds the
-/// range of the scale comes out as no finite number.
+/// Zeros decode to zeros; a NaN or an infinity leaves nothing finite in its block and does not leave it; what
+/// exceeds the range of the scale comes out as no finite number.
 fn special_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
     let total = case.rows * case.blocks;
     if total == 0 {
@@ -420,7 +421,8 @@ fn tiny_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outco
     let x: Vec<f32> = values(case, seed).iter().map(|x| x * 1e-40).collect();
     let back = reference::dequantize(case.dtype.dtype(), &encode(&Exec::variant(*variant), case, &x)?);
     let keeps = matches!(case.dtype, Type::F32 | Type::Bf16);
-    match back.iter().find(|y| if keeps { !(y.abs() < 1e-38) } else { **y != 0.0 }) {
+    let right = |y: &f64| if keeps { y.abs() < 1e-38 } else { *y == 0.0 };
+    match back.iter().find(|y| !right(y)) {
         None => Ok(Some(Metrics::default())),
         Some(y) => Err(Failure::new(format!("values near 1e-40 decode to {y}"))),
     }

@@ -2,8 +2,8 @@
 
 use ndarray::{Array1, ArrayView1, ArrayView2};
 
-/// One token's choices: experts by descending logit, ties to the lower index, with weight and the relative error that f32
-/// arithmetic may leave in it.
+/// One token's choices: experts by descending logit, ties to the lower index, with weight and the relative error
+/// that f32 arithmetic may leave in it.
 pub struct Routed {
     /// Chosen experts.
     pub ids: Vec<usize>,

@@ -54,8 +54,8 @@ fn element(dtype: DType, b: &[u8], i: usize) -> f64 {
     }
 }
 
-/// The exact values of packed blocks. f32 arithmetic gives the same ones, but for the last subtraction of Q4_K and Q5_K,
-/// which it rounds.
+/// The exact values of packed blocks. f32 arithmetic gives the same ones, but for the last subtraction of Q4_K and
+/// Q5_K, which it rounds.
 pub fn dequantize(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     bytes.chunks(dtype.block_bytes()).flat_map(|b| (0..dtype.block()).map(move |i| element(dtype, b, i))).collect()
 }
