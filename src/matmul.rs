@@ -22,8 +22,8 @@ pub struct Args<'a> {
     pub w: Weight<'a, 2>,
 }
 
-/// y\[m\]\[n\] = Σ x\[m\]\[k\] w\[n\]\[k\]; a batch gives the same bits as its rows one at a time. Errors: shapes that do
-/// not fit together, overlapping output strides.
+/// y\[m\]\[n\] = Σ x\[m\]\[k\] w\[n\]\[k\]; a batch gives the same bits as its rows one at a time. Errors: shapes
+/// that do not fit together, overlapping output strides.
 pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
     let ([m, n], [_, k]) = (args.y.shape(), args.x.shape());
     args.x.expect("x", [m, k])?;

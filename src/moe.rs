@@ -30,8 +30,8 @@
 
 use crate::{Error, Exec, View, ViewMut, Weight};
 
-/// Which tokens go to which experts, with which weights. Made only by the router or from checked ids, so the grouping in
-/// it is always valid.
+/// Which tokens go to which experts, with which weights. Made only by the router or from checked ids, so the
+/// grouping in it is always valid.
 #[derive(Debug, Clone)]
 pub struct Routing {
     tokens: usize,
@@ -59,8 +59,8 @@ impl Routing {
         Self::from_ids(experts, top_k, ids, Some(weights))
     }
 
-    /// Routing by the caller's choice: `ids` `[T][top_k]` below `experts`, `weights` of the same length (`None`: all 1).
-    /// The same expert may come twice in a token. Errors: an id out of range, lengths that do not fit.
+    /// Routing by the caller's choice: `ids` `[T][top_k]` below `experts`, `weights` of the same length (`None`: all
+    /// 1). The same expert may come twice in a token. Errors: an id out of range, lengths that do not fit.
     pub fn from_ids(experts: usize, top_k: usize, ids: Vec<i32>, weights: Option<Vec<f32>>) -> Result<Self, Error> {
         if top_k == 0 || ids.len() % top_k != 0 {
             return Err(Error::argument("top_k", format!("{} ids are no multiple of {top_k}", ids.len())));
@@ -68,7 +68,10 @@ impl Routing {
         if let Some(n) = weights.as_ref().map(Vec::len).filter(|&n| n != ids.len()) {
             return Err(Error::argument("weights", format!("{n} weights for {} ids", ids.len())));
         }
-        let (mut order, mut offsets) = (vec![0; ids.len()], vec![0; experts.saturating_add(1)]);
+        if experts > MAX_EXPERTS {
+            return Err(Error::argument("E", format!("{experts} experts, at most {MAX_EXPERTS}")));
+        }
+        let (mut order, mut offsets) = (vec![0; ids.len()], vec![0; experts + 1]);
         group::run(group::Args { order: &mut order, offsets: &mut offsets, ids: &ids, top_k }, &Exec::default())?;
         Ok(Routing { tokens: ids.len() / top_k, experts, top_k, ids, weights, order, offsets })
     }
@@ -114,6 +117,9 @@ impl Routing {
     }
 }
 
+/// As the C side has it.
+const MAX_EXPERTS: usize = 65536;
+
 /// T * top_k, refused where it is absurd rather than overflowing.
 fn pairs(tokens: usize, top_k: usize) -> Result<usize, Error> {
     tokens
@@ -151,9 +157,9 @@ pub struct Execs {
     pub down: Exec<down::Op>,
 }
 
-/// y_t = Σ_c weight · Wdown (silu(Wgate x_t) · Wup x_t) over the experts that the routing chose for t: [`up::run`], then
-/// [`down::run`]. A token's result does not depend on the others in the batch, bit for bit. Errors: shapes that do not fit
-/// together, overlapping output strides.
+/// y_t = Σ_c weight · Wdown (silu(Wgate x_t) · Wup x_t) over the experts that the routing chose for t: [`up::run`],
+/// then [`down::run`]. A token's result does not depend on the others in the batch, bit for bit. Errors: shapes that
+/// do not fit together, overlapping output strides.
 pub fn run(args: Args, execs: &Execs) -> Result<(), Error> {
     let Args { y, x, gate, up, down, routing, accumulate, h } = args;
     let [_, f, _] = gate.shape();
@@ -220,8 +226,8 @@ pub mod route {
             E: experts as i64,
             top_k: args.top_k as i64,
         };
-        // SAFETY: the outputs hold T * top_k values, the logits' view lies inside its slice; bad_token outlives the call
-        // and is written atomically.
+        // SAFETY: the outputs hold T * top_k values, the logits' view lies inside its slice; bad_token outlives the
+        // call and is written atomically.
         let result = unsafe { exec.execute(&raw, tokens.saturating_mul(experts).saturating_mul(16)) };
         match usize::try_from(bad_token) {
             Ok(token) if token < tokens => Err(Error::Nan { operator: "moe_route", arg: "logits", token }),

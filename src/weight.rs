@@ -36,7 +36,7 @@ impl<'a, const R: usize> Weight<'a, R> {
         };
         whole(inner, "row length")?;
         for i in 0..R - 1 {
-            if shape[i] > 1 {
+            if shape[i] > 1 && !shape.contains(&0) {
                 whole(strides[i], "stride")?;
             }
         }

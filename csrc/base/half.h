@@ -1,4 +1,5 @@
-/* 16-bit floats to and from f32 in portable C. Static inline and free of branches, so that loops over them vectorise. */
+/* 16-bit floats to and from f32 in portable C. Static inline and free of branches, so that loops over them
+   vectorise. */
 #ifndef Q3N_BASE_HALF_H
 #define Q3N_BASE_HALF_H
 

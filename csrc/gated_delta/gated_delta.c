@@ -81,15 +81,15 @@ q3n_status q3n_gated_delta_check(const q3n_gated_delta_args *a) {
   const int64_t ng = a->gate == Q3N_GATE_NONE ? 0 : q3n_extent(g, 4), nbeta = q3n_extent(beta, 3);
   const int64_t npool = a->state_in || a->state_out ? q3n_extent(pool, 4) : 0;
   const int64_t nsnap = a->snapshots ? q3n_extent(snap, 5) : 0;
-  Q3N_REFUSE(no < 0 || !q3n_disjoint(o, 4), STRIDE, O);
+  Q3N_REFUSE(no < 0 || (no > 0 && !q3n_disjoint(o, 4)), STRIDE, O);
   Q3N_REFUSE(nq < 0, STRIDE, Q);
   Q3N_REFUSE(nk < 0, STRIDE, KEY);
   Q3N_REFUSE(nv < 0, STRIDE, VAL);
   Q3N_REFUSE(ng < 0, STRIDE, G);
   Q3N_REFUSE(nbeta < 0, STRIDE, BETA);
   Q3N_REFUSE(npool < 0 && !a->state_out, STRIDE, STATE_IN);
-  Q3N_REFUSE(a->state_out && (npool < 0 || !q3n_disjoint(pool, 4)), STRIDE, STATE_OUT);
-  Q3N_REFUSE(a->snapshots && (nsnap < 0 || !q3n_disjoint(snap, 5)), STRIDE, SNAPSHOTS);
+  Q3N_REFUSE(npool < 0 || (a->state_out && npool > 0 && !q3n_disjoint(pool, 4)), STRIDE, STATE_OUT);
+  Q3N_REFUSE(nsnap < 0 || (nsnap > 0 && !q3n_disjoint(snap, 5)), STRIDE, SNAPSHOTS);
 
   Q3N_REFUSE(no > 0 && !a->o, NULL, O);
   Q3N_REFUSE(nq > 0 && no > 0 && !a->q, NULL, Q);
@@ -145,11 +145,17 @@ int64_t q3n_gated_delta_unfused_scratch(const q3n_gated_delta_args *a) {
 #include "gated_delta.inc"
 Q3N_DEFINE_OPERATOR(gated_delta, Q3N_GATED_DELTA_VARIANTS)
 
+/* Which variant for how many tokens a sequence (on average): the first row that applies and whose variant is available.
+   Measured on plain C at HK 16, HV 32, K = V = 128, one thread, an AVX-512 server core, T = 1 .. 512: token by token is
+   2.0 times as fast as chunks of 16 at T = 1 and level with them from 8 to 32, where the chunks have begun to share
+   each load of the state among their tokens; from there they win, 1.3 times at T = 64 and 1.6 at 512. Larger chunks lose
+   to 16: their triangles grow and nothing here runs the larger products faster. */
 static const struct {
-  int64_t below; /* tokens a sequence, on average */
+  int64_t below;
   const char *name;
 } choice[] = {
-    {INT64_MAX, "recurrent_scalar"},
+    {32, "recurrent_scalar"},
+    {INT64_MAX, "chunked16_scalar"},
 };
 
 const q3n_gated_delta_variant *q3n_gated_delta_best(const q3n_gated_delta_args *a) {

@@ -6,8 +6,8 @@
      o_t <- S (scale q_t)
 
    Axes: B sequences, T tokens, HK key heads, HV value heads, K and V channels of a head. The innermost axis of every
-   array is contiguous; the others have strides in elements. Sizes of 0 are legal and do nothing (T = 0 copies the
-   state). A NaN or infinity in a head's inputs reaches the outputs of that head and sequence alone; nothing is clamped.
+   array is contiguous; the others have strides in elements. Sizes of 0 are legal and do nothing (but T = 0
+   copies the state, and K = 0 makes o zeros). A NaN or infinity in a head's inputs reaches the outputs of that head and sequence alone; nothing is clamped.
    Derivations, kernels and measured errors: README.md in this folder. */
 #ifndef Q3N_GATED_DELTA_H
 #define Q3N_GATED_DELTA_H

@@ -1,4 +1,5 @@
-/* What matmul and moe share: rows of a weight matrix as f32, and one dot product. Static inline, as all of it is hot. */
+/* What matmul and moe share: rows of a weight matrix as f32, and one dot product. Static inline, as all of it is
+   hot. */
 #ifndef Q3N_MATMUL_DOT_H
 #define Q3N_MATMUL_DOT_H
 

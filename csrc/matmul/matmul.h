@@ -1,5 +1,5 @@
-/* Y = X W^T with W in any dtype: y[m][n] = sum_k x[m][k] w[n][k]. The value of y[m][n] depends on row m of x and row n of
-   w alone, so a batch gives the same bits as its rows one at a time. w may start at any address. */
+/* Y = X W^T with W in any dtype: y[m][n] = sum_k x[m][k] w[n][k]. The value of y[m][n] depends on row m of x and row
+   n of w alone, so a batch gives the same bits as its rows one at a time. w may start at any address. */
 #ifndef Q3N_MATMUL_H
 #define Q3N_MATMUL_H
 

@@ -45,6 +45,11 @@ q3n_status q3n_moe_group_check(const q3n_moe_group_args *a) {
   return Q3N_OK;
 }
 
+/* 1 where both strides of a weight step over whole blocks (one that is never taken may be anything). */
+static int whole_blocks(int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride, int64_t block) {
+  return (outer <= 1 || outer_stride % block == 0) && (inner <= 1 || inner_stride % block == 0);
+}
+
 q3n_status q3n_moe_up_check(const q3n_moe_up_args *a) {
   Q3N_REFUSE(!a, NULL, ARGS);
   Q3N_REFUSE(a->struct_bytes != sizeof *a, ABI, STRUCT_BYTES);
@@ -63,8 +68,8 @@ q3n_status q3n_moe_up_check(const q3n_moe_up_args *a) {
   int64_t nh = a->T * a->top_k * a->F, nx = q3n_extent(x, 2), ngate = q3n_extent(gate, 3), nup = q3n_extent(up, 3);
   Q3N_REFUSE(nh > INT64_MAX / 8, SIZE, HIDDEN);
   Q3N_REFUSE(nx < 0, STRIDE, X);
-  Q3N_REFUSE(ngate < 0 || (a->E > 1 && a->gate_e % gate_block) || (a->F > 1 && a->gate_f % gate_block), STRIDE, GATE);
-  Q3N_REFUSE(nup < 0 || (a->E > 1 && a->up_e % up_block) || (a->F > 1 && a->up_f % up_block), STRIDE, UP);
+  Q3N_REFUSE(ngate < 0 || (ngate > 0 && !whole_blocks(a->E, a->gate_e, a->F, a->gate_f, gate_block)), STRIDE, GATE);
+  Q3N_REFUSE(nup < 0 || (nup > 0 && !whole_blocks(a->E, a->up_e, a->F, a->up_f, up_block)), STRIDE, UP);
   if (nh == 0) return Q3N_OK;
 
   Q3N_REFUSE(!a->h, NULL, HIDDEN);
@@ -94,8 +99,8 @@ q3n_status q3n_moe_down_check(const q3n_moe_down_args *a) {
   const q3n_axis down[] = {{a->E, a->down_e}, {a->D, a->down_d}, {a->F, 1}};
   int64_t pairs = a->T * a->top_k, nh = pairs * a->F, ny = q3n_extent(y, 2), ndown = q3n_extent(down, 3);
   Q3N_REFUSE(nh > INT64_MAX / 8, SIZE, HIDDEN);
-  Q3N_REFUSE(ny < 0 || !q3n_disjoint(y, 2), STRIDE, Y);
-  Q3N_REFUSE(ndown < 0 || (a->E > 1 && a->down_e % block) || (a->D > 1 && a->down_d % block), STRIDE, DOWN);
+  Q3N_REFUSE(ny < 0 || (ny > 0 && !q3n_disjoint(y, 2)), STRIDE, Y);
+  Q3N_REFUSE(ndown < 0 || (ndown > 0 && !whole_blocks(a->E, a->down_e, a->D, a->down_d, block)), STRIDE, DOWN);
   if (ny == 0) return Q3N_OK;
 
   Q3N_REFUSE(!a->y, NULL, Y);

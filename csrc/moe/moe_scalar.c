@@ -16,6 +16,10 @@ static void lower_to(int64_t *lowest, int64_t token) {
   }
 }
 
+/* Units in which a token's exponentials (at most 1) are added: integers, so the total does not depend on the order
+   of the experts. 65536 of them fit in 64 bits. */
+static const float unit = 0x1p47f;
+
 /* exp(logit - max); logits equal to the maximum count 1, so an infinite maximum is no inf - inf. */
 static float unnormalized(float logit, float max) { return logit == max ? 1.0f : expf(logit - max); }
 
@@ -40,8 +44,10 @@ q3n_status q3n_moe_route_scalar(const q3n_moe_route_args *a, int64_t begin, int6
     }
 
     const float max = logits[ids[0]];
-    double total = 0.0, chosen = 0.0;
-    for (int64_t e = 0; e < a->E; e++) total += (double)unnormalized(logits[e], max);
+    uint64_t units = 0;
+    for (int64_t e = 0; e < a->E; e++) units += (uint64_t)(unnormalized(logits[e], max) * unit);
+    const double total = (double)units / (double)unit;
+    double chosen = 0.0;
     for (int64_t c = 0; c < a->top_k; c++) {
       weights[c] = (float)((double)unnormalized(logits[ids[c]], max) / total);
       chosen += (double)weights[c];

@@ -1,4 +1,5 @@
-/* Block formats: rows of float to and from a q3n_dtype. Items are rows. x and y of a block type may start at any address.
+/* Block formats: rows of float to and from a q3n_dtype. Items are rows. x and y of a block type may start at any
+   address.
 
    Dequantising gives the values that gguf-py gives, bit for bit. Quantising: f16 and bf16 round to nearest even, past
    the largest value to infinity, and keep NaN. Q8_0 and Q4_0 are ggml's: the absolutely largest element sets the

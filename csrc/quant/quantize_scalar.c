@@ -51,7 +51,9 @@ static const float k_smallest = 0x1p-26f, k_largest = 0x1p30f;
 
 /* Scale candidates of a sub-block: the range is stretched from `levels - 1` to `levels + 1` steps. */
 enum { K_TRIALS = 15 };
-static float trial_levels(float levels, int trial) { return levels + (float)(trial - K_TRIALS / 2) * (2.0f / K_TRIALS); }
+static float trial_levels(float levels, int trial) {
+  return levels + (float)(trial - K_TRIALS / 2) * (2.0f / K_TRIALS);
+}
 
 /* A super-block of Q4_K or Q5_K before packing: x = (d scale_j) q - (dmin min_j). */
 typedef struct {
@@ -111,8 +113,8 @@ static void affine_refit(const float *x, float levels, affine_block *b) {
   affine_round(x, levels, b);
 }
 
-/* scale and min >= 0 so that scale q - min, q in 0..levels, is near x: each trial rounds to a stretched range, takes the
-   least-squares line through what came out, and the line of least error wins. */
+/* scale and min >= 0 so that scale q - min, q in 0..levels, is near x: each trial rounds to a stretched range, takes
+   the least-squares line through what came out, and the line of least error wins. */
 static void affine_fit(const float *x, float levels, float *scale, float *min) {
   float lo = 0.0f, hi = 0.0f;
   for (int i = 0; i < 32; i++) {

@@ -151,7 +151,10 @@ impl Config {
         within("layers", self.layers.len(), 1, MAX_LAYERS)?;
         within("mtp_layers", self.mtp_layers, 0, 64)?;
         if self.mlp.len() != self.layers.len() {
-            return Err(Error::config("mlp", format!("has {} entries, expected {}", self.mlp.len(), self.layers.len())));
+            return Err(Error::config(
+                "mlp",
+                format!("has {} entries, expected {}", self.mlp.len(), self.layers.len()),
+            ));
         }
         within("context", self.context, 1, 1 << 30)?;
 
@@ -163,7 +166,10 @@ impl Config {
         within("attention.rotary", a.rotary, 0, a.head_dim)?;
         multiple("attention.rotary", a.rotary, "a pair", 2)?;
         if !(a.rope_base.is_finite() && a.rope_base > 0.0) {
-            return Err(Error::config("attention.rope_base", format!("is {}, expected a positive number", a.rope_base)));
+            return Err(Error::config(
+                "attention.rope_base",
+                format!("is {}, expected a positive number", a.rope_base),
+            ));
         }
 
         let d = &self.delta;

@@ -215,7 +215,8 @@ impl Model {
         }
         for (b, piece) in pieces.iter().enumerate() {
             let (begin, end) = (packed.cu_seqlens[b] as usize, packed.cu_seqlens[b + 1] as usize);
-            let own = if packed.steps { steps[begin..end].iter_mut().map(std::mem::take).collect() } else { Vec::new() };
+            let own =
+                if packed.steps { steps[begin..end].iter_mut().map(std::mem::take).collect() } else { Vec::new() };
             state.advance(piece.slot, piece.tokens.len(), own);
         }
         self.logits(pieces, &x)
@@ -332,12 +333,8 @@ fn unfused() -> Result<Variant<gated_delta::Op>, Error> {
 /// RMS norm of packed rows.
 pub(crate) fn norm_rows(y: &mut [f32], x: &[f32], width: usize, w: &[f32], eps: f32) -> Result<(), Error> {
     let shape = [x.len() / width, 1, width];
-    let args = norm::Args {
-        y: ViewMut::new(y, shape)?,
-        x: Some(View::new(x, shape)?),
-        kind: norm::Kind::Rms(Some(w)),
-        eps,
-    };
+    let args =
+        norm::Args { y: ViewMut::new(y, shape)?, x: Some(View::new(x, shape)?), kind: norm::Kind::Rms(Some(w)), eps };
     Ok(norm::run(args, &Exec::default())?)
 }
 

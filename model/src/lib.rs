@@ -3,25 +3,41 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`config`] | the sizes of a model |
+//! | [`embedded`] | the small trained model that is part of the program |
+//! | [`gguf`], [`safetensors`] | the two containers, read without trust |
+//! | [`mod@load`] | from a path to a model |
 //! | [`weights`] | its weights in one layout, whatever file they came from |
+//! | [`tokenizer`] | text to token ids and back |
 //! | [`state`] | what it remembers of its sequences: KV caches, windows, recurrent states |
 //! | [`forward`] | tokens in, logits out |
 //! | [`generate`] | choosing the next token |
 //! | [`perplexity`] | likelihood of a text, divergence of two sets of logits |
+//! | [`synth`] | random weights in the real shapes |
 
 mod attention_layer;
 pub mod config;
 mod delta_layer;
+pub mod embedded;
 pub mod error;
+pub mod file;
 pub mod forward;
 pub mod generate;
+pub mod gguf;
+pub mod load;
+mod load_gguf;
+mod load_hf;
 mod moe_layer;
 pub mod perplexity;
+pub mod safetensors;
 pub mod state;
+pub mod synth;
+pub mod tokenizer;
 pub mod weights;
 
 pub use config::Config;
 pub use error::Error;
 pub use forward::{Batch, Model};
+pub use load::{load, Loaded, Metadata, Progress};
 pub use state::State;
+pub use tokenizer::Tokenizer;
 pub use weights::{Tensor, Weights};

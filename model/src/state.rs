@@ -85,12 +85,14 @@ impl State {
         let sizes = Sizes::of(config);
         let room = |per_slot: Option<usize>| {
             let n = per_slot.and_then(|n| n.checked_mul(slots)).filter(|&n| n <= isize::MAX as usize / 8);
-            let n = n.ok_or_else(|| Error::argument("context", format!("{slots} slots of {capacity} tokens are too large")))?;
+            let n = n.ok_or_else(|| {
+                Error::argument("context", format!("{slots} slots of {capacity} tokens are too large"))
+            })?;
             let mut values = Vec::new();
             let bytes = 4 * n;
-            values
-                .try_reserve_exact(n)
-                .map_err(|_| Error::argument("context", format!("no memory for {bytes} bytes of state in one layer")))?;
+            values.try_reserve_exact(n).map_err(|_| {
+                Error::argument("context", format!("no memory for {bytes} bytes of state in one layer"))
+            })?;
             values.resize(n, 0.0f32);
             Ok::<_, Error>(values)
         };
@@ -99,7 +101,9 @@ impl State {
             .iter()
             .map(|kind| {
                 Ok(match kind {
-                    LayerKind::Delta => LayerState::Delta { conv: room(Some(sizes.conv))?, delta: room(Some(sizes.delta))? },
+                    LayerKind::Delta => {
+                        LayerState::Delta { conv: room(Some(sizes.conv))?, delta: room(Some(sizes.delta))? }
+                    }
                     LayerKind::Attention => {
                         let n = sizes.kv.checked_mul(capacity);
                         LayerState::Attention { k: room(n)?, v: room(n)? }
@@ -250,7 +254,8 @@ impl State {
     pub(crate) fn expect_room(&self, slot: usize, tokens: usize) -> Result<(), Error> {
         let length = self.usable(slot)?;
         if tokens > self.capacity - length {
-            let why = format!("slot {slot} has read {length} tokens, {tokens} more exceed its capacity of {}", self.capacity);
+            let why =
+                format!("slot {slot} has read {length} tokens, {tokens} more exceed its capacity of {}", self.capacity);
             return Err(Error::argument("tokens", why));
         }
         Ok(())

@@ -17,13 +17,16 @@ pub(crate) enum Store {
     Mapped(Arc<Mmap>),
     /// Gathered or converted at load.
     Owned(Arc<Vec<u8>>),
+    /// Part of the program.
+    Embedded(&'static [u8]),
 }
 
 impl Store {
-    fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Store::Mapped(map) => map,
             Store::Owned(bytes) => bytes,
+            Store::Embedded(bytes) => bytes,
         }
     }
 }
@@ -49,6 +52,7 @@ impl fmt::Debug for Tensor {
         let place = match self.store {
             Store::Mapped(_) => "mapped",
             Store::Owned(_) => "owned",
+            Store::Embedded(_) => "embedded",
         };
         write!(f, "Tensor({} {}x{}x{} {place})", self.dtype, self.experts, self.rows, self.cols)
     }
@@ -216,7 +220,9 @@ impl Tensor {
         for expert in 0..self.experts {
             let bytes = self.bytes().get(expert * stride..)?.get(..matrix)?;
             match self.dtype {
-                DType::F32 => values.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
+                DType::F32 => {
+                    values.extend(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                }
                 DType::F16 => values.extend(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())),
                 DType::BF16 => values.extend(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())),
                 _ => return None,
@@ -300,6 +306,8 @@ pub struct Attention {
 }
 
 /// A layer's feed-forward.
+// There is one a layer: a box would save nothing that counts.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone)]
 pub enum Ffn {
     /// One SwiGLU.

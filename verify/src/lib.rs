@@ -2,10 +2,12 @@
 //! variant on them. The `qwen3next` command and the tests of this crate run the same checks.
 //!
 //! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
-//! and guarded arrays, [`suite`] runs it all and prints reproducers.
+//! and guarded arrays, [`suite`] runs it all and prints reproducers,
+//! [`timing`] measures variants side by side.
 
 pub mod buffer;
 pub mod cases;
 pub mod compare;
 pub mod reference;
 pub mod suite;
+pub mod timing;

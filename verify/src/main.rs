@@ -21,6 +21,18 @@ struct Cli {
 enum Command {
     /// Check every kernel against float64 references and properties.
     Verify(cli::verify::Args),
+    /// Time the variants of an operator.
+    Bench(cli::bench::Args),
+    /// Continue a text.
+    Generate(cli::generate::Args),
+    /// Write logits as .npy.
+    Logits(cli::logits::Args),
+    /// Perplexity of a text, and divergence from saved logits.
+    Perplexity(cli::perplexity::Args),
+    /// What is in a model.
+    Inspect(cli::inspect::Args),
+    /// Write a model of the real layer shapes with random weights.
+    Synth(cli::synth::Args),
 }
 
 /// Outcome of a command: `Failed` is a check that did not hold, an error is bad input.
@@ -36,6 +48,12 @@ fn main() -> ExitCode {
     let done = match cli.command {
         None => cli::tour::run(),
         Some(Command::Verify(args)) => cli::verify::run(args),
+        Some(Command::Bench(args)) => cli::bench::run(args),
+        Some(Command::Generate(args)) => cli::generate::run(args),
+        Some(Command::Logits(args)) => cli::logits::run(args),
+        Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Inspect(args)) => cli::inspect::run(args),
+        Some(Command::Synth(args)) => cli::synth::run(args),
     };
     match done {
         Ok(Done::Ok) => ExitCode::SUCCESS,
@@ -45,8 +63,20 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("error: {}", format!("{e:#}").replace('\n', " "));
+            eprintln!("error: {}", one_line(&e));
             ExitCode::from(2)
         }
     }
+}
+
+/// The error and its causes in one line; a cause that the text before it already tells is left out.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(|c| c.to_string().replace('\n', " ")) {
+        if !text.contains(&cause) {
+            text.push_str(if text.is_empty() { "" } else { ": " });
+            text.push_str(&cause);
+        }
+    }
+    text
 }

@@ -154,8 +154,9 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
     known(checks.iter().map(|c| c.name).collect(), &options.check, "check")?;
     let grid: Vec<S::Case> = match &options.case {
         Some(text) => vec![text.parse().map_err(|e| format!("--case {text}: {e}"))?],
-        None => S::grid().into_iter().step_by(options.stride.max(1)).collect(),
+        None => S::grid(),
     };
+    let stride = if options.case.is_some() { 1 } else { options.stride.max(1) };
 
     let mut rows = Vec::new();
     for variant in variants {
@@ -166,14 +167,20 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
         }
         for check in &checks {
             if options.check.as_deref().is_none_or(|c| c == check.name) {
-                rows.push(run_check::<S>(options, variant, check, &grid));
+                rows.push(run_check::<S>(options, variant, check, &grid, stride));
             }
         }
     }
     Ok(rows)
 }
 
-fn run_check<S: Suite>(options: &Options, variant: &Variant<S::Op>, check: &Check<S>, grid: &[S::Case]) -> Row {
+fn run_check<S: Suite>(
+    options: &Options,
+    variant: &Variant<S::Op>,
+    check: &Check<S>,
+    grid: &[S::Case],
+    stride: usize,
+) -> Row {
     let mut row = Row {
         op: S::Op::NAME,
         variant: variant.name(),
@@ -196,7 +203,12 @@ fn run_check<S: Suite>(options: &Options, variant: &Variant<S::Op>, check: &Chec
             check.name
         ),
     };
-    for case in grid {
+    // Every stride-th case; then the others, until the check has applied to one at all.
+    let (first, rest): (Vec<_>, Vec<_>) = grid.iter().enumerate().partition(|(i, _)| i % stride == 0);
+    for (i, case) in first.into_iter().chain(rest) {
+        if i % stride != 0 && row.passed > 0 {
+            break;
+        }
         match (check.run)(variant, case, options.seed) {
             Ok(Some(metrics)) => {
                 row.passed += 1;

@@ -17,12 +17,20 @@ use rand::Rng as _;
 /// Every suite, in the order of reports.
 pub fn all() -> Vec<Entry> {
     vec![
-        Entry::of::<attention::Attention>(),
-        Entry::of::<attention::Merge>(),
+        Entry::of::<gated_delta::GatedDelta>(),
+        Entry::of::<solve_tri::SolveTri>(),
         Entry::of::<causal_conv::CausalConv>(),
         Entry::of::<norm::Norm>(),
         Entry::of::<rope::Rope>(),
-        Entry::of::<solve_tri::SolveTri>(),
+        Entry::of::<attention::Attention>(),
+        Entry::of::<attention::Merge>(),
+        Entry::of::<quant::Dequantize>(),
+        Entry::of::<quant::Quantize>(),
+        Entry::of::<matmul::Matmul>(),
+        Entry::of::<moe::MoeRoute>(),
+        Entry::of::<moe::MoeGroup>(),
+        Entry::of::<moe::MoeUp>(),
+        Entry::of::<moe::MoeDown>(),
     ]
 }
 

@@ -1,1 +1,466 @@
-//! Quant.
+//! Block formats: exact decoding, bounded and idempotent encoding, isolation of blocks; and weights for other suites.
+
+use crate::buffer::{Input, Layout, Output};
+use crate::compare::{bitwise, compare, Failure, Metrics, U32};
+use crate::reference::quant as reference;
+use crate::suite::{rng, Check, Outcome, Rng, Suite};
+use crate::{case, choice};
+use proptest::prelude::*;
+use qwen3next_kernels::quant::{dequantize, quantize};
+use qwen3next_kernels::{DType, Exec, Variant, Weight};
+use rand::Rng as _;
+
+choice! {
+    /// Every dtype, by the name the library gives it.
+    pub enum Type {
+        /// 32-bit float.
+        F32 = "f32",
+        /// IEEE half.
+        F16 = "f16",
+        /// bfloat16.
+        Bf16 = "bf16",
+        /// 8-bit blocks of 32.
+        Q8 = "q8_0",
+        /// 4-bit blocks of 32.
+        Q4 = "q4_0",
+        /// 4-bit super-blocks.
+        Q4K = "q4_k",
+        /// 5-bit super-blocks.
+        Q5K = "q5_k",
+        /// 6-bit super-blocks.
+        Q6K = "q6_k",
+    }
+}
+
+impl Type {
+    /// The library's value.
+    pub fn dtype(self) -> DType {
+        DType::from_name(&self.to_string()).expect("named as the library names it")
+    }
+
+    /// Byte offsets of the f16 scales in a block.
+    fn scales(self) -> &'static [usize] {
+        match self {
+            Type::F32 | Type::F16 | Type::Bf16 => &[],
+            Type::Q8 | Type::Q4 => &[0],
+            Type::Q4K | Type::Q5K => &[0, 2],
+            Type::Q6K => &[208],
+        }
+    }
+
+    fn is_k(self) -> bool {
+        matches!(self, Type::Q4K | Type::Q5K | Type::Q6K)
+    }
+
+    /// Packed blocks of `n` elements, every bit drawn at random; values of the order of `scale`.
+    pub fn random(self, n: usize, scale: f32, rng: &mut Rng) -> Vec<u8> {
+        let dtype = self.dtype();
+        let mut bytes: Vec<u8> = (0..dtype.bytes(n).expect("whole blocks")).map(|_| rng.random()).collect();
+        // The largest multiple of d that a block of the type can hold.
+        let reach = match self {
+            Type::Q8 => 127.0,
+            Type::Q4 => 8.0,
+            Type::Q4K => 63.0 * 15.0,
+            Type::Q5K => 63.0 * 31.0,
+            _ => 128.0 * 32.0,
+        };
+        for block in bytes.chunks_mut(dtype.block_bytes()) {
+            let value: f32 = rng.random_range(-1.0f32..1.0) * scale;
+            match self {
+                Type::F32 => block.copy_from_slice(&value.to_le_bytes()),
+                Type::F16 => block.copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+                Type::Bf16 => block.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+                _ => {
+                    for &at in self.scales() {
+                        let d = half::f16::from_f32(value.abs().max(scale / 8.0) / reach);
+                        block[at..at + 2].copy_from_slice(&d.to_le_bytes());
+                    }
+                }
+            }
+        }
+        bytes
+    }
+}
+
+/// Bytes that decode to NaN in every type.
+pub const NAN_BYTE: u8 = 0xff;
+
+/// A tensor of blocks laid out for a [`Weight`]: with gaps it starts at an odd address and the gaps decode to NaN.
+pub struct Blocks<const R: usize> {
+    buffer: Vec<u8>,
+    dtype: DType,
+    shape: [usize; R],
+    strides: [usize; R],
+    start: usize,
+}
+
+impl<const R: usize> Blocks<R> {
+    /// Lays out packed blocks.
+    pub fn new(packed: &[u8], dtype: DType, shape: [usize; R], layout: Layout) -> Self {
+        let gaps = layout == Layout::Gaps;
+        let mut strides = [1; R];
+        for i in (0..R - 1).rev() {
+            // whole blocks of gap; an inner axis that is empty takes one block of stride
+            strides[i] = (strides[i + 1] * shape[i + 1]).max(dtype.block()) + if gaps { dtype.block() } else { 0 };
+        }
+        let row = shape[R - 1];
+        let rows: usize = shape[..R - 1].iter().product();
+        let row_bytes = dtype.bytes(row).expect("whole blocks");
+        assert_eq!(packed.len(), rows * row_bytes);
+        // Past any byte the strides can reach lies nothing: the last row ends the buffer.
+        let mut at = vec![0usize];
+        for (&n, s) in shape.iter().zip(strides).take(R - 1) {
+            at = at.iter().flat_map(|&base| (0..n).map(move |i| base + i * s)).collect();
+        }
+        let end = at.last().map_or(0, |&last| dtype.bytes(last + row).expect("whole blocks"));
+        let start = usize::from(gaps);
+        let mut buffer = vec![NAN_BYTE; start + end];
+        for (r, &first) in at.iter().enumerate() {
+            let to = start + dtype.bytes(first).expect("whole blocks");
+            buffer[to..to + row_bytes].copy_from_slice(&packed[r * row_bytes..][..row_bytes]);
+        }
+        Blocks { buffer, dtype, shape, strides, start }
+    }
+
+    /// The view to pass to the kernel.
+    pub fn view(&self) -> Weight<'_, R> {
+        Weight::strided(&self.buffer[self.start..], self.dtype, self.shape, self.strides)
+            .expect("laid out for this view")
+    }
+}
+
+case! {
+    /// Rows of blocks.
+    pub struct Case {
+        /// Type.
+        pub dtype: Type,
+        /// Rows.
+        pub rows: usize,
+        /// Blocks a row.
+        pub blocks: usize,
+        /// Strides.
+        pub layout: Layout,
+    }
+}
+
+impl Case {
+    fn n(&self) -> usize {
+        self.blocks * self.dtype.dtype().block()
+    }
+
+    /// Element ranges of the blocks of the packed array.
+    fn block_of(&self, i: usize) -> usize {
+        i / self.dtype.dtype().block()
+    }
+}
+
+fn grid() -> Vec<Case> {
+    let mut grid = Vec::new();
+    for (i, &dtype) in Type::ALL.iter().enumerate() {
+        for (j, (rows, blocks)) in
+            [(0, 2), (1, 0), (1, 1), (2, 3), (5, 2), (17, 1), (1, 67), (3, 33)].into_iter().enumerate()
+        {
+            grid.push(Case { dtype, rows, blocks, layout: Layout::ALL[(i + j) % 2] });
+        }
+    }
+    grid
+}
+
+fn strategy() -> BoxedStrategy<Case> {
+    (prop::sample::select(Type::ALL), 0usize..6, 0usize..8, prop::sample::select(Layout::ALL))
+        .prop_map(|(dtype, rows, blocks, layout)| Case { dtype, rows, blocks, layout })
+        .boxed()
+}
+
+fn decode(exec: &Exec<dequantize::Op>, case: &Case, bytes: &[u8]) -> Result<Vec<f32>, Failure> {
+    let x = Blocks::new(bytes, case.dtype.dtype(), [case.rows, case.n()], case.layout);
+    let mut y = Output::new([case.rows, case.n()], case.layout);
+    dequantize::run(dequantize::Args { y: y.view(), x: x.view() }, exec)?;
+    y.read("y")
+}
+
+/// Exact, but for one rounding in the types that subtract a minimum.
+fn decoded_reference(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let bytes = case.dtype.random(case.rows * case.n(), 4.0, &mut rng(seed));
+    let want = reference::dequantize(case.dtype.dtype(), &bytes);
+    let rounds = matches!(case.dtype, Type::Q4K | Type::Q5K);
+    let bound: Vec<f64> = want.iter().map(|w| if rounds { U32 * w.abs() } else { 0.0 }).collect();
+    compare("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want, &bound, case.n()).map(Some)
+}
+
+/// Random bytes throughout, scales included: infinities, NaN and subnormal scales come out where the reference has
+/// them.
+fn any_bytes(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let mut rng = rng(seed);
+    let n = case.dtype.dtype().bytes(case.rows * case.n()).expect("whole blocks");
+    let bytes: Vec<u8> = (0..n).map(|_| rng.random()).collect();
+    let want = reference::dequantize(case.dtype.dtype(), &bytes);
+    let rounds = matches!(case.dtype, Type::Q4K | Type::Q5K);
+    let bound: Vec<f64> = want.iter().map(|w| if rounds { U32 * w.abs() } else { 0.0 }).collect();
+    compare("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want, &bound, case.n()).map(Some)
+}
+
+/// Any cut over any number of parts, and a row alone, give the same bits.
+fn decoded_cuts(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let bytes = case.dtype.random(case.rows * case.n(), 1.0, &mut rng(seed));
+    let whole = decode(&Exec::variant(*variant).parts(1), case, &bytes)?;
+    for parts in [2, 5] {
+        bitwise("cut", &decode(&Exec::variant(*variant).parts(parts), case, &bytes)?, &whole)?;
+    }
+    let one = Case { rows: 1, ..case.clone() };
+    let row_bytes = bytes.len() / case.rows.max(1);
+    for row in 0..case.rows {
+        let alone = decode(&Exec::variant(*variant), &one, &bytes[row * row_bytes..][..row_bytes])?;
+        bitwise("a row alone", &alone, &whole[row * case.n()..][..case.n()])?;
+    }
+    Ok(Some(Metrics::default()))
+}
+
+/// A block of NaN stays in its block.
+fn decoded_isolation(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let total = case.rows * case.blocks;
+    if total == 0 {
+        return Ok(None);
+    }
+    let mut bytes = case.dtype.random(case.rows * case.n(), 1.0, &mut rng(seed));
+    let mut want = decode(&Exec::variant(*variant), case, &bytes)?;
+    let bad = seed as usize % total;
+    let size = case.dtype.dtype().block_bytes();
+    bytes[bad * size..][..size].fill(NAN_BYTE);
+    want.iter_mut().enumerate().filter(|(i, _)| case.block_of(*i) == bad).for_each(|(_, w)| *w = f32::NAN);
+    bitwise("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want)?;
+    Ok(Some(Metrics::default()))
+}
+
+/// The suite of dequantize.
+pub struct Dequantize;
+
+impl Suite for Dequantize {
+    type Op = dequantize::Op;
+    type Case = Case;
+
+    fn grid() -> Vec<Case> {
+        grid()
+    }
+
+    fn strategy() -> BoxedStrategy<Case> {
+        strategy()
+    }
+
+    fn checks() -> Vec<Check<Self>> {
+        vec![
+            Check { name: "reference", run: decoded_reference },
+            Check { name: "any_bytes", run: any_bytes },
+            Check { name: "cuts", run: decoded_cuts },
+            Check { name: "isolation", run: decoded_isolation },
+        ]
+    }
+}
+
+/// Packed bytes of `x`. The output lies between guard bytes; it is made twice over different poison, so that a byte
+/// left unwritten shows.
+fn encode(exec: &Exec<quantize::Op>, case: &Case, x: &[f32]) -> Result<Vec<u8>, Failure> {
+    let (dtype, n) = (case.dtype.dtype(), case.n());
+    let gap = if case.layout == Layout::Gaps { dtype.block() } else { 0 };
+    let y_row = n + gap;
+    let (row_bytes, step) = (dtype.bytes(n).expect("whole"), dtype.bytes(y_row).expect("whole"));
+    let guard = 64 + usize::from(gap > 0);
+    let input = Input::new(x, [case.rows, n], case.layout);
+    let mut results = Vec::new();
+    for poison in [0x5a, 0xa5u8] {
+        let mut buffer = vec![poison; guard + case.rows * step + 64];
+        let end = buffer.len() - 64;
+        let y = &mut buffer[guard..end];
+        quantize::run(quantize::Args { y, dtype, y_row: Some(y_row), x: input.view() }, exec)?;
+        let inside = |i: usize| i >= guard && i < end && (i - guard) % step.max(1) < row_bytes;
+        if let Some(i) = (0..buffer.len()).find(|&i| !inside(i) && buffer[i] != poison) {
+            return Err(Failure::new(format!("y: wrote outside the rows, at byte {}", i as i64 - guard as i64)));
+        }
+        let rows = (0..case.rows).flat_map(|r| buffer[guard + r * step..][..row_bytes].to_vec());
+        results.push(rows.collect::<Vec<u8>>());
+    }
+    same_bytes("y: some byte was left unwritten", &results[0], &results[1])?;
+    Ok(results.swap_remove(0))
+}
+
+fn same_bytes(what: &str, got: &[u8], want: &[u8]) -> Result<(), Failure> {
+    match got.iter().zip(want).position(|(g, w)| g != w) {
+        None if got.len() == want.len() => Ok(()),
+        at => Err(Failure::new(format!("{what}: bytes differ, first at {at:?}"))),
+    }
+}
+
+/// Rows of different spread, with zeros, a constant block and one-sided blocks among them; far from f16's limits.
+fn values(case: &Case, seed: u64) -> Vec<f32> {
+    let mut rng = rng(seed);
+    let block = case.dtype.dtype().block();
+    let mut x = Vec::with_capacity(case.rows * case.n());
+    for b in 0..case.rows * case.blocks {
+        let spread = 2f32.powi(rng.random_range(0..4));
+        let kind = rng.random_range(0..8);
+        for i in 0..block {
+            let u: f32 = rng.random_range(-1.0..1.0);
+            x.push(match kind {
+                0 => u.abs() * spread + 1.0,
+                1 => -u.abs() * spread - 1.0,
+                2 => u * u * u * u * u * spread,
+                3 if (b + i) % 3 > 0 => 0.0,
+                4 => spread,
+                _ => u * spread,
+            });
+        }
+    }
+    x
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// Decoded again, plain types and simple blocks stay within half a step of each element; a K block's squared error
+/// is at most that of the plain scheme.
+fn round_trip(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let x = values(case, seed);
+    let dtype = case.dtype.dtype();
+    let back = reference::dequantize(dtype, &encode(&Exec::variant(*variant), case, &x)?);
+    if case.dtype.is_k() {
+        for (b, (x, back)) in x.chunks(dtype.block()).zip(back.chunks(dtype.block())).enumerate() {
+            let error: f64 = x.iter().zip(back).map(|(&x, y)| (f64::from(x) - y).powi(2)).sum();
+            let largest = x.iter().fold(0.0f64, |a, &x| a.max(f64::from(x).abs()));
+            // The kernel ranks its candidates in f32: each of 256 terms may be off by a rounding of its element.
+            let plain = reference::plain_error(dtype, x);
+            let slack = 2.0 * 16.0 * plain.sqrt() * 4.0 * U32 * largest + 256.0 * (4.0 * U32 * largest).powi(2);
+            let within = error <= plain + slack;
+            if !within {
+                return Err(Failure::new(format!(
+                    "block {b}: squared error {error:e}, the plain scheme has {plain:e}"
+                )));
+            }
+        }
+        return Ok(Some(Metrics::default()));
+    }
+    // f16 has 11 significant bits, bf16 8. A scale stored in f16 is off by 2^-11 of itself.
+    let bounds = x.chunks(dtype.block()).flat_map(|block| {
+        let largest = block.iter().fold(0.0f64, |a, &x| a.max(f64::from(x).abs()));
+        let scaled = move |steps: f64, worst: f64| largest / steps * (worst + steps * (2f64.powi(-11) + 4.0 * U32));
+        block.iter().map(move |&x| match case.dtype {
+            Type::F16 => f64::from(x).abs() * 2f64.powi(-11) + 2f64.powi(-25),
+            Type::Bf16 => f64::from(x).abs() * 2f64.powi(-8),
+            Type::Q8 => scaled(127.0, 0.5),
+            // levels -8 .. 7: the far end of the other sign is a whole step away
+            Type::Q4 => scaled(8.0, 1.0),
+            _ => 0.0,
+        })
+    });
+    let back32: Vec<f32> = back.iter().map(|&b| b as f32).collect();
+    compare("decoded", &back32, &wide(&x), &bounds.collect::<Vec<_>>(), case.n()).map(Some)
+}
+
+/// What was decoded encodes to the same bytes (the K types search, and may find another fit).
+fn idempotent(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.dtype.is_k() {
+        return Ok(None);
+    }
+    let exec = Exec::variant(*variant);
+    let once = encode(&exec, case, &values(case, seed))?;
+    let back: Vec<f32> = reference::dequantize(case.dtype.dtype(), &once).iter().map(|&v| v as f32).collect();
+    same_bytes("encoded twice", &encode(&exec, case, &back)?, &once)?;
+    Ok(Some(Metrics::default()))
+}
+
+/// Scaling x by a power of two scales what is decoded, exactly.
+fn scaling(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let mut x = values(case, seed);
+    let exec = Exec::variant(*variant);
+    // Scales far enough from f16's subnormals keep their bits when multiplied.
+    x.iter_mut().for_each(|x| *x *= 256.0);
+    let decode = |x: &[f32]| -> Result<Vec<f32>, Failure> {
+        let bytes = encode(&exec, case, x)?;
+        Ok(reference::dequantize(case.dtype.dtype(), &bytes).iter().map(|&v| v as f32).collect())
+    };
+    let want: Vec<f32> = decode(&x)?.iter().map(|y| y * 8.0).collect();
+    x.iter_mut().for_each(|x| *x *= 8.0);
+    let got = decode(&x)?;
+    bitwise("8 x", &got, &want)?;
+    Ok(Some(Metrics::default()))
+}
+
+/// Zeros decode to zeros; a NaN or an infinity leaves nothing finite in its block and does not leave it; what
+/// exceeds the range of the scale comes out as no finite number.
+fn special_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let total = case.rows * case.blocks;
+    if total == 0 {
+        return Ok(None);
+    }
+    let dtype = case.dtype.dtype();
+    let exec = Exec::variant(*variant);
+    let back = |x: &[f32]| Ok::<_, Failure>(reference::dequantize(dtype, &encode(&exec, case, x)?));
+    if back(&vec![0.0; case.rows * case.n()])?.iter().any(|&y| y != 0.0) {
+        return Err(Failure::new("zeros: decoded to something else"));
+    }
+    let mut x = values(case, seed);
+    let want = back(&x)?;
+    let (bad, within) = (seed as usize % total, (seed / 7) as usize % dtype.block());
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -f32::MAX, f32::from_bits(0x7f80_0001)] {
+        x[bad * dtype.block() + within] = value;
+        if value.is_finite() && matches!(case.dtype, Type::F32 | Type::Bf16) && value.abs() == f32::MAX {
+            continue;
+        }
+        for (i, (got, want)) in back(&x)?.iter().zip(&want).enumerate() {
+            let right = if case.block_of(i) == bad { !got.is_finite() } else { got == want };
+            if !right {
+                return Err(Failure::new(format!("{value} in block {bad}: element {i} decodes to {got}")));
+            }
+        }
+    }
+    Ok(Some(Metrics::default()))
+}
+
+/// Values so small that the scale underflows decode to at most the smallest step away from zero.
+fn tiny_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let x: Vec<f32> = values(case, seed).iter().map(|x| x * 1e-40).collect();
+    let back = reference::dequantize(case.dtype.dtype(), &encode(&Exec::variant(*variant), case, &x)?);
+    let keeps = matches!(case.dtype, Type::F32 | Type::Bf16);
+    let right = |y: &f64| if keeps { y.abs() < 1e-38 } else { *y == 0.0 };
+    match back.iter().find(|y| !right(y)) {
+        None => Ok(Some(Metrics::default())),
+        Some(y) => Err(Failure::new(format!("values near 1e-40 decode to {y}"))),
+    }
+}
+
+/// Any cut over any number of parts gives the same bytes.
+fn encoded_cuts(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
+    let x = values(case, seed);
+    let whole = encode(&Exec::variant(*variant).parts(1), case, &x)?;
+    for parts in [2, 5] {
+        same_bytes("cut", &encode(&Exec::variant(*variant).parts(parts), case, &x)?, &whole)?;
+    }
+    Ok(Some(Metrics::default()))
+}
+
+/// The suite of quantize.
+pub struct Quantize;
+
+impl Suite for Quantize {
+    type Op = quantize::Op;
+    type Case = Case;
+
+    fn grid() -> Vec<Case> {
+        grid()
+    }
+
+    fn strategy() -> BoxedStrategy<Case> {
+        strategy()
+    }
+
+    fn checks() -> Vec<Check<Self>> {
+        vec![
+            Check { name: "round_trip", run: round_trip },
+            Check { name: "idempotent", run: idempotent },
+            Check { name: "scaling", run: scaling },
+            Check { name: "special_values", run: special_values },
+            Check { name: "tiny_values", run: tiny_values },
+            Check { name: "cuts", run: encoded_cuts },
+        ]
+    }
+}

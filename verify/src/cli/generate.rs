@@ -49,13 +49,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         Some(path) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?,
         None => args.prompt.clone(),
     };
-    let sampling = Sampling {
-        temperature: args.temp,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        seed: args.seed,
-    };
+    let sampling =
+        Sampling { temperature: args.temp, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p, seed: args.seed };
     let sampler = Sampler::new(sampling)?;
     let loaded = args.model.load()?;
     if !args.no_echo {
@@ -125,7 +120,7 @@ pub fn speak(
     for i in 0..predict {
         let token = sampler.sample(&logits)?;
         answer += 1;
-        if tokenizer.is_end(token) {
+        if tokenizer.eos().contains(&token) {
             break;
         }
         each(&decoder.push(token)?)?;

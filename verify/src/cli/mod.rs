@@ -1,6 +1,14 @@
 //! One file a subcommand.
 
+pub mod bench;
+pub mod generate;
+pub mod inspect;
+pub mod logits;
+pub mod model;
+pub mod npy;
+pub mod perplexity;
 pub mod spelling;
+pub mod synth;
 pub mod tour;
 pub mod verify;
 

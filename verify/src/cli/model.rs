@@ -3,7 +3,7 @@
 use anyhow::{bail, Context};
 use qwen3next_model::forward::{FusedDelta, Options};
 use qwen3next_model::tokenizer::Tokenizer;
-use qwen3next_model::Model;
+use qwen3next_model::{Metadata, Model};
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Clone)]
@@ -39,13 +39,15 @@ pub struct Loaded {
     pub model: Model,
     /// Where it came from, for messages.
     pub name: String,
-    tokenizer: Option<Tokenizer>,
+    /// What the file says beside sizes and weights.
+    pub metadata: Metadata,
+    tokenizer: Result<Tokenizer, qwen3next_model::Error>,
 }
 
 impl Loaded {
     /// The tokenizer, or an error that names the file.
     pub fn tokenizer(&self) -> anyhow::Result<&Tokenizer> {
-        self.tokenizer.as_ref().with_context(|| format!("{}: has no tokenizer", self.name))
+        self.tokenizer.as_ref().map_err(|e| anyhow::anyhow!("{}: no usable tokenizer: {e}", self.name))
     }
 }
 
@@ -81,15 +83,22 @@ impl Args {
 
 /// Loads a model, the embedded one where no path is given, with a progress bar.
 pub fn load(path: Option<&Path>) -> anyhow::Result<Loaded> {
-    let bar = super::progress(0, "loading {wide_bar} {pos}/{len} {msg}");
+    let bar = super::progress(0, "loading {wide_bar} {pos}/{len} layers");
     let loaded = match path {
-        Some(path) => qwen3next_model::load(path, &mut |done, all| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
+        Some(path) => qwen3next_model::Weights::load(path, &mut |progress| {
+            bar.set_length(progress.total as u64);
+            bar.set_position(progress.done as u64);
         })?,
-        None => qwen3next_model::embedded()?,
+        None => qwen3next_model::embedded::load()?,
     };
     bar.finish_and_clear();
-    let name = path.map_or("the embedded model".into(), |p| p.display().to_string());
-    Ok(Loaded { model: Model::new(loaded.config, loaded.weights), name, tokenizer: loaded.tokenizer })
+    for warning in &loaded.metadata.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(Loaded {
+        model: Model::new(loaded.config, loaded.weights),
+        name: path.map_or("the embedded model".into(), |p| p.display().to_string()),
+        metadata: loaded.metadata,
+        tokenizer: loaded.tokenizer,
+    })
 }

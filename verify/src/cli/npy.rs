@@ -36,7 +36,12 @@ impl Writer {
     pub fn finish(self) -> anyhow::Result<()> {
         let fail = || format!("{}: cannot write", self.path.display());
         anyhow::ensure!(self.left == 0, "{}: {} values are missing", self.path.display(), self.left);
-        self.file.into_inner().map_err(|e| e.into_error()).with_context(fail)?.persist(&self.path).with_context(fail)?;
+        self.file
+            .into_inner()
+            .map_err(|e| e.into_error())
+            .with_context(fail)?
+            .persist(&self.path)
+            .with_context(fail)?;
         Ok(())
     }
 }

@@ -39,7 +39,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<Done> {
     let text = match (&args.file, &args.model.model) {
         (Some(path), _) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?,
-        (None, None) => qwen3next_model::HELD_OUT.to_string(),
+        (None, None) => qwen3next_model::embedded::HELD_OUT.to_string(),
         (None, Some(_)) => bail!("--file: expected a text to read with this model"),
     };
     let loaded = args.model.load()?;

@@ -1,1 +1,373 @@
-//! Gated delta.
+//! The gated delta rule of one sequence and head in float64: the token loop, the dense form, and how far an f32 kernel
+//! may be from them.
+
+use crate::compare::{gamma, U32};
+use ndarray::{s, Array1, Array2, Axis};
+
+/// One sequence of one value head.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// Queries, `[T][K]`.
+    pub q: Array2<f64>,
+    /// Keys, `[T][K]`.
+    pub k: Array2<f64>,
+    /// Values, `[T][V]`.
+    pub v: Array2<f64>,
+    /// Log-decay of every key channel, `[T][K]`: zeros without a gate.
+    pub g: Array2<f64>,
+    /// Write strength, `[T]`.
+    pub beta: Array1<f64>,
+    /// State before, `[V][K]`.
+    pub state: Array2<f64>,
+    /// Epsilon of the L2 norm of q and k, where they are normalised.
+    pub l2norm: Option<f64>,
+    /// Factor on q.
+    pub scale: f64,
+}
+
+/// What the token loop gives.
+#[derive(Debug, Clone)]
+pub struct Trace {
+    /// Outputs, `[T][V]`.
+    pub o: Array2<f64>,
+    /// States before the first and after every token, `[T + 1]` of `[V][K]`.
+    pub states: Vec<Array2<f64>>,
+    /// u of every token, `[T][V]`.
+    pub u: Array2<f64>,
+}
+
+impl Head {
+    fn tokens(&self) -> usize {
+        self.k.nrows()
+    }
+
+    fn normalised(&self, x: &Array2<f64>) -> Array2<f64> {
+        let mut y = x.clone();
+        if let Some(eps) = self.l2norm {
+            for mut row in y.axis_iter_mut(Axis(0)) {
+                let sum: f64 = row.iter().map(|x| x * x).sum();
+                row /= (sum + eps).sqrt();
+            }
+        }
+        y
+    }
+
+    /// The formula, token by token.
+    pub fn recurrent(&self) -> Trace {
+        let (k, q) = (self.normalised(&self.k), self.normalised(&self.q) * self.scale);
+        let (tokens, channels) = self.v.dim();
+        let mut o = Array2::zeros((tokens, channels));
+        let mut us = Array2::zeros((tokens, channels));
+        let mut states = vec![self.state.clone()];
+        for t in 0..tokens {
+            let mut state = &states[t] * &self.g.row(t).mapv(f64::exp);
+            let u = (&self.v.row(t) - &state.dot(&k.row(t))) * self.beta[t];
+            for (mut row, &u) in state.axis_iter_mut(Axis(0)).zip(&u) {
+                row.scaled_add(u, &k.row(t));
+            }
+            o.row_mut(t).assign(&state.dot(&q.row(t)));
+            us.row_mut(t).assign(&u);
+            states.push(state);
+        }
+        Trace { o, states, u: us }
+    }
+
+    /// The final state as S₀ Φ + Ψ, from Φ = ∏ diag(e^g) (I − β k kᵀ) and Ψ = Σ β v kᵀ (the later factors): no u, no
+    /// feedback through S.
+    pub fn dense(&self) -> Array2<f64> {
+        let (k, n) = (self.normalised(&self.k), self.k.ncols());
+        let mut phi = Array2::<f64>::eye(n);
+        let mut psi = Array2::<f64>::zeros(self.state.dim());
+        for t in 0..self.tokens() {
+            let key = k.row(t).insert_axis(Axis(1));
+            let value = self.v.row(t).insert_axis(Axis(1));
+            let decay = Array2::from_diag(&self.g.row(t).mapv(f64::exp));
+            let factor = decay.dot(&(Array2::eye(n) - key.dot(&key.t()) * self.beta[t]));
+            phi = phi.dot(&factor);
+            psi = psi.dot(&factor) + value.dot(&key.t()) * self.beta[t];
+        }
+        self.state.dot(&phi) + psi
+    }
+}
+
+/// How a kernel computes, as far as its rounding errors depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Token by token.
+    Recurrent,
+    /// Chunks of so many tokens, (I + A) solved for u itself.
+    Chunked(usize),
+    /// Chunks of so many tokens, (I + A) solved for U and W.
+    Split(usize),
+}
+
+impl Form {
+    /// The form of a variant, from its name.
+    pub fn of(variant: &str) -> Form {
+        let digits: String =
+            variant.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+        match variant.split(|c: char| !c.is_ascii_alphabetic()).next() {
+            Some("chunked") => Form::Chunked(digits.parse().unwrap_or(64)),
+            Some("unfused") => Form::Split(64),
+            _ => Form::Recurrent,
+        }
+    }
+}
+
+/// Absolute error bounds.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    /// Of every output, `[T][V]`.
+    pub o: Array2<f64>,
+    /// Of the 2-norm of every state row after each token, `[T][V]`.
+    pub snapshots: Array2<f64>,
+    /// The same for the final state, `[V]`.
+    pub state: Array1<f64>,
+}
+
+/// Relative error of exp(g) in a kernel: two ulp.
+const EXP: f64 = 4.0 * U32;
+
+/// What an f32 kernel of this form may be off, to first order. With E the error of a state row before a token, x its
+/// decayed value and δ the errors of single operations, the error after the token is
+///
+///   E' ≤ ‖diag(e^g)(I − β k kᵀ)‖ E + δx + |u| δk + δu ‖k‖        ‖I − β k kᵀ‖ = max(1, |1 − β ‖k‖²|)
+///
+/// so with ‖k‖ ≤ 1, 0 ≤ β ≤ 2, g ≤ 0 errors add and never grow. Rows are independent. A chunk adds, with everything
+/// taken from the float64 matrices, δu ≤ |(I + A)⁻¹| (δr + (δA + γ|A|)|u|) for its solve; the split into U and W puts
+/// |U| + |W||S| in the place of |u|, which is larger where U and W S cancel. Decays are products of rounded exp(g), so
+/// a decay over d tokens is off by d (EXP + u). Chunks start anew at `restart`, where a call was split.
+pub fn bounds(head: &Head, trace: &Trace, form: Form, restart: usize) -> Bounds {
+    let (tokens, channels) = head.v.dim();
+    let keys = head.k.ncols();
+    let size = match form {
+        Form::Recurrent => 1,
+        Form::Chunked(n) | Form::Split(n) => n,
+    };
+    let mut b = Bounds {
+        o: Array2::zeros((tokens, channels)),
+        snapshots: Array2::zeros((tokens, channels)),
+        state: Array1::zeros(channels),
+    };
+    let common = Common {
+        k: head.normalised(&head.k),
+        q: head.normalised(&head.q) * head.scale,
+        decay: head.g.mapv(f64::exp),
+        // A sum of squares, its root, a division and a product; all of a vector's elements share the factor.
+        key: if head.l2norm.is_some() { gamma(keys / 2 + 6) } else { 0.0 },
+        query: U32 + if head.l2norm.is_some() { gamma(keys / 2 + 6) } else { 0.0 },
+        // A product or a decay under the normal range loses less than half of 2⁻¹⁴⁹.
+        tiny: (keys + 8) as f64 * 2f64.powi(-149),
+    };
+    let mut t = 0;
+    while t < tokens {
+        let end = if t < restart { (t + size).min(restart) } else { t + size }.min(tokens);
+        match form {
+            Form::Recurrent => token_bounds(head, trace, &common, t, &mut b),
+            _ => chunk_bounds(head, trace, &common, form, t, end, &mut b),
+        }
+        t = end;
+    }
+    // Products of two errors are left out above; they are smaller by a factor of some hundred u.
+    b.o *= 1.001;
+    b.snapshots *= 1.001;
+    b.state *= 1.001;
+    b
+}
+
+struct Common {
+    k: Array2<f64>,
+    q: Array2<f64>,
+    decay: Array2<f64>,
+    key: f64,
+    query: f64,
+    tiny: f64,
+}
+
+fn norm<'a>(x: impl IntoIterator<Item = &'a f64>) -> f64 {
+    x.into_iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// ‖diag(e^g)(I − β k kᵀ)‖.
+fn growth(head: &Head, c: &Common, t: usize) -> f64 {
+    let k2: f64 = c.k.row(t).iter().map(|k| k * k).sum();
+    let decay = c.decay.row(t).iter().fold(0.0f64, |m, &e| m.max(e));
+    decay * (1.0f64).max((1.0 - head.beta[t] * k2).abs())
+}
+
+/// Error of e ∘ x + u k for one row, given the error of u.
+fn update_error(c: &Common, x: f64, u: f64, k: f64, u_error: f64) -> f64 {
+    (EXP + 3.0 * U32) * x + (c.key + 3.0 * U32) * u.abs() * k + u_error * k + c.tiny * (1.0 + x + u.abs())
+}
+
+fn token_bounds(head: &Head, trace: &Trace, c: &Common, t: usize, b: &mut Bounds) {
+    let keys = head.k.ncols();
+    let (k, q, beta) = (c.k.row(t), c.q.row(t), head.beta[t].abs());
+    let (k_norm, q_norm, growth) = (norm(k), norm(q), growth(head, c, t));
+    for j in 0..head.v.ncols() {
+        let x = &trace.states[t].row(j) * &c.decay.row(t);
+        let sums: f64 = x.iter().zip(k).map(|(x, k)| (x * k).abs()).sum();
+        let u_error = beta * (gamma(keys + 5) + EXP + c.key) * sums
+            + 3.0 * U32 * beta * head.v[[t, j]].abs()
+            + c.tiny * (1.0 + beta);
+        b.state[j] = growth * b.state[j] + update_error(c, norm(&x), trace.u[[t, j]], k_norm, u_error);
+        let after = trace.states[t + 1].row(j);
+        let sums: f64 = after.iter().zip(q).map(|(s, q)| (s * q).abs()).sum();
+        b.o[[t, j]] = q_norm * b.state[j] + (gamma(keys + 1) + c.query) * sums + c.tiny;
+        b.snapshots[[t, j]] = b.state[j];
+    }
+}
+
+/// The inverse of I + A, A strictly lower triangular.
+fn inverse(a: &Array2<f64>) -> Array2<f64> {
+    let n = a.nrows();
+    let mut x = Array2::<f64>::eye(n);
+    for i in 0..n {
+        for j in 0..i {
+            let row = x.row(j).to_owned();
+            x.row_mut(i).scaled_add(-a[[i, j]], &row);
+        }
+    }
+    x
+}
+
+fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t1: usize, b: &mut Bounds) {
+    let (n, channels) = (t1 - t0, head.v.ncols());
+    let keys = head.k.ncols();
+    let step = EXP + U32;
+    let state = &trace.states[t0];
+    let abs_state = state.mapv(f64::abs);
+    let beta = head.beta.slice(s![t0..t1]).mapv(f64::abs);
+    let (k, q) = (c.k.slice(s![t0..t1, ..]), c.q.slice(s![t0..t1, ..]));
+    let u = trace.u.slice(s![t0..t1, ..]).mapv(f64::abs);
+    let v = head.v.slice(s![t0..t1, ..]).mapv(f64::abs);
+
+    // A, P and the sums of absolute values behind them, with their errors; the keys decayed to the end.
+    let (mut a, mut a_abs, mut a_error) = (Array2::zeros((n, n)), Array2::zeros((n, n)), Array2::zeros((n, n)));
+    let (mut p_abs, mut p_error) = (Array2::zeros((n, n)), Array2::zeros((n, n)));
+    let mut decayed = k.to_owned();
+    for i in 0..n {
+        for j in 0..=i {
+            if j < i {
+                let mut key = decayed.row_mut(j);
+                key *= &c.decay.row(t0 + i);
+            }
+            let (mut kk, mut kk_abs, mut qk_abs) = (0.0, 0.0, 0.0);
+            for l in 0..keys {
+                let key = decayed[[j, l]];
+                kk += k[[i, l]] * key;
+                kk_abs += (k[[i, l]] * key).abs();
+                qk_abs += (q[[i, l]] * key).abs();
+            }
+            let off = gamma(keys + 4) + (i - j) as f64 * step;
+            if j < i {
+                a[[i, j]] = head.beta[t0 + i] * kk;
+                a_abs[[i, j]] = beta[i] * kk_abs;
+                a_error[[i, j]] = beta[i] * ((off + 2.0 * c.key) * kk_abs + c.tiny);
+            }
+            p_abs[[i, j]] = qk_abs;
+            p_error[[i, j]] = (off + c.key + c.query) * qk_abs + c.tiny;
+        }
+    }
+    let inv = inverse(&a);
+    let inv_abs = inv.mapv(f64::abs);
+
+    // γ ∘ k and γ ∘ q against the state before the chunk.
+    let (mut from_start, mut gamma_i) = (Array2::zeros((n, keys)), Array1::ones(keys));
+    let mut q_start = Array2::zeros((n, keys));
+    for i in 0..n {
+        gamma_i *= &c.decay.row(t0 + i);
+        from_start.row_mut(i).assign(&(&k.row(i) * &gamma_i));
+        q_start.row_mut(i).assign(&(&q.row(i) * &gamma_i).mapv(f64::abs));
+    }
+    let k_state = from_start.mapv(f64::abs).dot(&abs_state.t());
+    let q_state = q_start.dot(&abs_state.t());
+
+    // The solve.
+    let mut right = Array2::zeros((n, channels));
+    for i in 0..n {
+        let off = gamma(keys + n + 8) + c.key + (i + 1) as f64 * step;
+        for j in 0..channels {
+            right[[i, j]] = beta[i] * (off * (v[[i, j]] + k_state[[i, j]]) + c.tiny);
+        }
+    }
+    let system_error = &a_error + &(&a_abs * gamma(n + 4));
+    let u_error = match form {
+        Form::Split(_) => {
+            let beta = head.beta.slice(s![t0..t1]).insert_axis(Axis(1));
+            let big_u = inv.dot(&(&head.v.slice(s![t0..t1, ..]) * &beta)).mapv(f64::abs);
+            let big_w = inv.dot(&(&from_start * &beta)).mapv(f64::abs).dot(&abs_state.t());
+            let parts = big_u + big_w;
+            inv_abs.dot(&(right + system_error.dot(&parts))) + parts * gamma(keys + 4)
+        }
+        _ => inv_abs.dot(&(right + system_error.dot(&u))),
+    };
+
+    // The outputs.
+    let p_u = (&p_error + &(&p_abs * gamma(keys + n + 8))).dot(&u) + p_abs.dot(&u_error);
+    let (mut carried, mut replayed) = (b.state.clone(), Array1::<f64>::zeros(channels));
+    for i in 0..n {
+        let (t, k_norm, q_norm) = (t0 + i, norm(k.row(i)), norm(q.row(i)));
+        carried *= growth(head, c, t);
+        let decay = c.decay.row(t).iter().fold(0.0f64, |m, &e| m.max(e));
+        let off = gamma(keys + n + 8) + c.query + (i + 1) as f64 * step;
+        for j in 0..channels {
+            b.o[[t, j]] = q_norm * carried[j] + off * q_state[[i, j]] + p_u[[i, j]] + c.tiny * (1.0 + u[[i, j]]);
+            let x = norm(&(&trace.states[t].row(j) * &c.decay.row(t)));
+            replayed[j] = decay * replayed[j] + update_error(c, x, u[[i, j]], k_norm, u_error[[i, j]]);
+            b.snapshots[[t, j]] = carried[j] + replayed[j];
+        }
+    }
+
+    // The state after: γ_n ∘ S + Σ u (k decayed to the end).
+    for j in 0..channels {
+        let kept = norm(&(&state.row(j) * &gamma_i));
+        let mut error = carried[j] + (n as f64 * step + gamma(n + 2)) * kept + c.tiny * (1.0 + kept);
+        for i in 0..n {
+            let key = norm(decayed.row(i));
+            let off = gamma(n + 4) + c.key + (n - 1 - i) as f64 * step;
+            error += key * (off * u[[i, j]] + u_error[[i, j]]) + c.tiny * u[[i, j]];
+        }
+        b.state[j] = error;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::suite::rng;
+    use ndarray::Array;
+    use rand::Rng as _;
+
+    #[test]
+    fn the_dense_form_agrees_with_the_token_loop() {
+        let mut rng = rng(3);
+        for (tokens, keys, channels, l2norm) in
+            [(0, 3, 2, None), (1, 1, 1, Some(1e-6)), (9, 8, 5, None), (40, 16, 24, Some(1e-6))]
+        {
+            let mut draw = |r: usize, c: usize| Array::from_shape_simple_fn((r, c), || rng.random_range(-1.0..1.0));
+            let head = Head {
+                q: draw(tokens, keys),
+                k: draw(tokens, keys) / (keys as f64).sqrt(),
+                v: draw(tokens, channels) * 25.0,
+                g: draw(tokens, keys).mapv(|x: f64| -x.abs()),
+                beta: draw(tokens, 1).column(0).mapv(|x: f64| 1.0 + x),
+                state: draw(channels, keys),
+                l2norm,
+                scale: 1.0,
+            };
+            let trace = head.recurrent();
+            let (loop_state, dense) = (trace.states.last().expect("T + 1 states"), head.dense());
+            let largest = loop_state.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+            let off = loop_state.iter().zip(&dense).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+            assert!(off <= 1e-13 * largest * (tokens + 1) as f64, "T={tokens}: off by {off:e} of {largest:e}");
+        }
+    }
+
+    #[test]
+    fn forms_come_from_variant_names() {
+        assert_eq!(Form::of("recurrent_avx512"), Form::Recurrent);
+        assert_eq!(Form::of("chunked128_scalar"), Form::Chunked(128));
+        assert_eq!(Form::of("unfused_scalar"), Form::Split(64));
+    }
+}

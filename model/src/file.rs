@@ -1,0 +1,48 @@
+//! Opening files: mapped or read whole.
+
+use crate::error::Error;
+use crate::weights::Store;
+use memmap2::Mmap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+/// How weights come into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Map the files (pages are read when a kernel first touches them) instead of reading them whole.
+    pub mmap: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { mmap: true }
+    }
+}
+
+/// The bytes of a file.
+pub(crate) fn open(path: &Path, options: Options) -> Result<Store, Error> {
+    let io = |source| Error::io(path, source);
+    let file = File::open(path).map_err(io)?;
+    let meta = file.metadata().map_err(io)?;
+    if !meta.is_file() {
+        return Err(Error::format(path, "is not a regular file"));
+    }
+    if !options.mmap {
+        return Ok(Store::Owned(Arc::new(std::fs::read(path).map_err(io)?)));
+    }
+    // SAFETY: the file is mapped read-only and its bytes are only ever read as plain numbers and as text that is
+    // checked where it is used; that nobody shortens or rewrites a model while it is loaded is the user's part.
+    let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+    Ok(Store::Mapped(Arc::new(map)))
+}
+
+/// A small text file, refused where it is larger than `limit` bytes.
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, Error> {
+    let io = |source| Error::io(path, source);
+    let size = std::fs::metadata(path).map_err(io)?.len();
+    if size > limit {
+        return Err(Error::format(path, format!("has {size} bytes, expected at most {limit}")));
+    }
+    String::from_utf8(std::fs::read(path).map_err(io)?).map_err(|_| Error::format(path, "is not UTF-8 text"))
+}

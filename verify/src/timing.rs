@@ -1,0 +1,51 @@
+//! Times several candidates in one interleaved run (A B C A B C ...), so that a drifting machine slows all of them alike.
+
+use crate::compare::Failure;
+use std::time::{Duration, Instant};
+
+/// Times of one candidate.
+#[derive(Debug, Clone, Copy)]
+pub struct Time {
+    /// Median seconds a call.
+    pub median: f64,
+    /// Fastest sample, seconds a call.
+    pub min: f64,
+    /// Samples.
+    pub samples: usize,
+}
+
+/// Runs every candidate in turn, `samples` times; a sample repeats a short call until it takes `least`.
+/// `call(i)` runs candidate i once.
+pub fn interleaved(
+    candidates: usize,
+    samples: usize,
+    least: Duration,
+    mut call: impl FnMut(usize) -> Result<(), Failure>,
+) -> Result<Vec<Time>, Failure> {
+    let mut repeats = Vec::new();
+    for i in 0..candidates {
+        // Warm up, then see how many calls fill a sample.
+        call(i)?;
+        let begin = Instant::now();
+        call(i)?;
+        let once = begin.elapsed().as_secs_f64().max(1e-9);
+        repeats.push((least.as_secs_f64() / once).ceil().clamp(1.0, 1e6) as usize);
+    }
+    let mut times = vec![Vec::new(); candidates];
+    for _ in 0..samples.max(1) {
+        for i in 0..candidates {
+            let begin = Instant::now();
+            for _ in 0..repeats[i] {
+                call(i)?;
+            }
+            times[i].push(begin.elapsed().as_secs_f64() / repeats[i] as f64);
+        }
+    }
+    Ok(times
+        .into_iter()
+        .map(|mut t| {
+            t.sort_by(f64::total_cmp);
+            Time { median: t[t.len() / 2], min: t[0], samples: t.len() }
+        })
+        .collect())
+}

@@ -1,0 +1,36 @@
+//! Every variant of matmul on every case, and the calls it must refuse.
+
+use qwen3next_kernels::{matmul, DType, Error, Exec, View, ViewMut, Weight};
+use qwen3next_verify::cases::matmul::Matmul;
+use qwen3next_verify::suite::{assert_cases_round_trip, assert_passes, Options};
+
+#[test]
+fn every_variant_passes_every_check() {
+    assert_passes::<Matmul>(&Options::default());
+}
+
+#[test]
+fn cases_round_trip() {
+    assert_cases_round_trip::<Matmul>();
+}
+
+#[test]
+fn wrong_arguments_are_refused_by_name() {
+    let (x, w, mut y) = (vec![0f32; 256], vec![0u8; 34 * 16], vec![0f32; 64]);
+    let weight = |n, k| Weight::new(&w, DType::Q8_0, [n, k]);
+    let mut call = |y_strides, x_shape, w| {
+        let args = matmul::Args {
+            y: ViewMut::strided(&mut y, [4, 3], y_strides).unwrap(),
+            x: View::new(&x, x_shape).unwrap(),
+            w,
+        };
+        matmul::run(args, &Exec::default())
+    };
+    assert_eq!(call([3, 1], [4, 32], weight(3, 32).unwrap()), Ok(()));
+    assert!(matches!(call([3, 1], [3, 32], weight(3, 32).unwrap()), Err(Error::Shape { arg: "x", .. })));
+    assert!(matches!(call([3, 1], [4, 32], weight(3, 64).unwrap()), Err(Error::Shape { arg: "w", .. })));
+    assert!(matches!(call([3, 1], [4, 32], weight(2, 32).unwrap()), Err(Error::Shape { arg: "w", .. })));
+    assert!(call([2, 1], [4, 32], weight(3, 32).unwrap()).unwrap_err().to_string().contains("y: stride"));
+    assert!(weight(3, 48).unwrap_err().to_string().contains("block of 32"));
+    assert!(weight(17, 32).unwrap_err().to_string().contains("578 bytes, there are 544"));
+}
