@@ -97,7 +97,7 @@ fn wide(x: &[f32]) -> Vec<f64> {
 
 /// Componentwise backward error: |b − L x̂| ≤ γₙ₊₁ |L| |x̂| (Higham, theorem 8.5; one more for the division), plus
 /// what underflow can lose.
-fn residual(variant: &Variant<solve_tri::Op>, case: &Case, seed: u64) -> Outcome {
+pub fn residual(variant: &Variant<solve_tri::Op>, case: &Case, seed: u64) -> Outcome {
     let mut inputs = Inputs::generate(case, seed);
     let x = solve(&Exec::variant(*variant), case, &inputs)?;
     let (n, m) = (case.n, case.m);
