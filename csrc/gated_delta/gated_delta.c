@@ -89,7 +89,7 @@ q3n_status q3n_gated_delta_check(const q3n_gated_delta_args *a) {
   Q3N_REFUSE(nbeta < 0, STRIDE, BETA);
   Q3N_REFUSE(npool < 0 && !a->state_out, STRIDE, STATE_IN);
   Q3N_REFUSE(npool < 0 || (a->state_out && !q3n_disjoint(pool, 4)), STRIDE, STATE_OUT);
-  Q3N_REFUSE(nsnap < 0 || !q3n_disjoint(snap, 5), STRIDE, SNAPSHOTS);
+  Q3N_REFUSE(nsnap < 0 || (a->snapshots && !q3n_disjoint(snap, 5)), STRIDE, SNAPSHOTS);
 
   Q3N_REFUSE(no > 0 && !a->o, NULL, O);
   Q3N_REFUSE(nq > 0 && no > 0 && !a->q, NULL, Q);
