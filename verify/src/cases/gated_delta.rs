@@ -1208,7 +1208,7 @@ fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
 
     // Multiples of 2⁻¹⁴ below 16, and one decay for the four channels that mix.
     let coarse = |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 16384.0).round() / 16384.0);
-    [&mut inputs.q, &mut inputs.k, &mut inputs.state].map(coarse);
+    [&mut inputs.q, &mut inputs.k, &mut inputs.state].into_iter().for_each(coarse);
     if case.gate == GateKind::Channel {
         for row in inputs.g.chunks_mut(case.k) {
             row.chunks_exact_mut(4).for_each(|g| g.fill(g[0]));
