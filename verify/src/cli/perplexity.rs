@@ -7,6 +7,7 @@ use ndarray::Array2;
 use ndarray_npy::ReadNpyExt;
 use qwen3next_model::perplexity::{divergence, negative_log_likelihood, scored_rows, top, windows, Scored, Sum};
 use serde_json::json;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -38,7 +39,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<Done> {
     let text = match (&args.file, &args.model.model) {
-        (Some(path), _) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?,
+        (Some(path), _) => super::read_text(path)?,
         (None, None) => qwen3next_model::embedded::HELD_OUT.to_string(),
         (None, Some(_)) => bail!("--file: expected a text to read with this model"),
     };
@@ -90,6 +91,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let p999 = kls.get((kls.len() * 999).div_ceil(1000).saturating_sub(1)).copied();
     let agreement = agree as f64 / row.max(1) as f64;
     let ratio = nll.perplexity() / base_nll.perplexity();
+    let mut out = std::io::stdout().lock();
     if args.output == "json" {
         let mut result = json!({
             "model": loaded.name, "tokens": tokens.len(), "ctx": args.ctx, "scored": nll.count(),
@@ -102,19 +104,25 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             result["top1_agreement"] = json!(agreement);
             result["ppl_ratio"] = json!(ratio);
         }
-        println!("{}", serde_json::to_string_pretty(&result)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&result)?)?;
     } else {
-        println!(
+        writeln!(
+            out,
             "PPL = {:.4} +/- {:.4}  ({} positions in {} windows of {} tokens)",
             nll.perplexity(),
             nll.perplexity_error(),
             nll.count(),
             tokens.len() / args.ctx,
             args.ctx
-        );
+        )?;
         if let Some(p999) = p999 {
-            println!("KL divergence from the base: mean {:.3e} +/- {:.1e}, p99.9 {p999:.3e}", kl.mean(), kl.error());
-            println!("top-1 agreement {:.4} %, PPL ratio {ratio:.6}", 100.0 * agreement);
+            writeln!(
+                out,
+                "KL divergence from the base: mean {:.3e} +/- {:.1e}, p99.9 {p999:.3e}",
+                kl.mean(),
+                kl.error()
+            )?;
+            writeln!(out, "top-1 agreement {:.4} %, PPL ratio {ratio:.6}", 100.0 * agreement)?;
         }
     }
     Ok(Done::Ok)
