@@ -285,7 +285,7 @@ impl State {
         for (i, values) in steps.into_iter().enumerate() {
             self.history[slot].push_back(Checkpoint { length: length + i + 1, values });
         }
-        while self.history[slot].len() > self.depth + 1 {
+        while self.history[slot].len() > self.depth.saturating_add(1) {
             self.history[slot].pop_front();
         }
     }
