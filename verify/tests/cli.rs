@@ -52,6 +52,7 @@ fn bad_input_is_status_2_and_one_line() {
     let folder = Folder::new("bad");
     std::fs::write(folder.0.join("empty"), "").unwrap();
     std::fs::write(folder.0.join("latin1"), b"caf\xe9").unwrap();
+    std::fs::write(folder.0.join("short.npy"), b"\x93NUMPY\x02\x00\xff\xff\xff\xff").unwrap();
     for line in [
         "nonsense",
         "logits",
@@ -75,15 +76,19 @@ fn bad_input_is_status_2_and_one_line() {
         "generate -n 1 --ctx 1000000000000",
         "generate -n 1 --temp nan",
         "perplexity -c 1",
+        "perplexity -c 16 --windows 1 --kl-base short.npy",
         "inspect no-such-file",
         "synth . --tiny",
         "synth x.gguf --layers 0",
+        "generate --ctx 3",
         "verify --op norm --json no/such/folder/x.json",
         "bench op gated_delta --tokens 0",
     ] {
-        expect_refused(&run(&folder, line), line);
+        let output = run(&folder, line);
+        expect_refused(&output, line);
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "", "{line}");
     }
-    assert_eq!(folder.names(), ["empty", "latin1"]);
+    assert_eq!(folder.names(), ["empty", "latin1", "short.npy"]);
 }
 
 #[cfg(unix)]

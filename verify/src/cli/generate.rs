@@ -53,12 +53,11 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         Sampling { temperature: args.temp, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p, seed: args.seed };
     let sampler = Sampler::new(sampling)?;
     let loaded = args.model.load()?;
-    if !args.no_echo {
-        write!(std::io::stdout(), "{prompt}")?;
-    }
+    // With the first text, so that nothing is printed where the prompt cannot be read.
+    let mut echo = (!args.no_echo).then_some(prompt.as_str());
     let written = speak(&loaded, &args.model, &prompt, args.predict, args.ctx, sampler, |text| {
         let mut out = std::io::stdout();
-        write!(out, "{text}")?;
+        write!(out, "{}{text}", echo.take().unwrap_or_default())?;
         Ok(out.flush()?)
     })?;
     writeln!(std::io::stdout())?;

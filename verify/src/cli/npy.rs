@@ -1,8 +1,9 @@
 //! Rows of float32 into a .npy file, one after another, so that a long output need not fit in memory.
 
-use anyhow::Context;
+use anyhow::{bail, Context};
 use qwen3next_model::whole::WholeFile;
-use std::io::{BufWriter, Write};
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// A file that appears under its name only when it is whole.
@@ -48,25 +49,72 @@ impl Writer {
     }
 }
 
+/// The rows of a float32 .npy file, one after another. Nothing is allocated on the word of its header.
+pub struct Reader {
+    file: BufReader<File>,
+    path: PathBuf,
+    columns: usize,
+}
+
+impl Reader {
+    /// Opens a file of `rows` × `columns`.
+    pub fn open(path: &Path, rows: usize, columns: usize) -> anyhow::Result<Reader> {
+        let name = || format!("{}", path.display());
+        let mut file = BufReader::new(File::open(path).with_context(name)?);
+        let mut start = [0; 10];
+        if file.read_exact(&mut start).is_err() || start[..8] != *b"\x93NUMPY\x01\x00" {
+            bail!("{}: is no .npy file of version 1", path.display());
+        }
+        let mut text = vec![0; u16::from_le_bytes([start[8], start[9]]).into()];
+        file.read_exact(&mut text).with_context(name)?;
+        let text = String::from_utf8_lossy(&text).replace(char::is_whitespace, "");
+        let expected = ["'descr':'<f4'", "'fortran_order':False", &format!("'shape':({rows},{columns})")];
+        if !expected.iter().all(|part| text.contains(part)) {
+            let found: String = text.chars().take(100).flat_map(char::escape_debug).collect();
+            bail!("{}: holds {found}, expected float32 [{rows}, {columns}] for this text, context and model", name());
+        }
+        Ok(Reader { file, path: path.into(), columns })
+    }
+
+    /// The next row.
+    pub fn row(&mut self) -> anyhow::Result<Vec<f32>> {
+        let mut bytes = vec![0; self.columns * 4];
+        self.file.read_exact(&mut bytes).with_context(|| format!("{}", self.path.display()))?;
+        Ok(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Writer;
+    use super::{Reader, Writer};
     use ndarray::{arr2, Array2};
-    use ndarray_npy::ReadNpyExt;
+    use ndarray_npy::{ReadNpyExt, WriteNpyExt};
+    use std::fs::File;
 
     #[test]
-    fn what_is_written_reads_back() {
+    fn another_implementation_reads_and_writes_the_same() {
         let path = std::env::temp_dir().join(format!("q3n-npy-{}.npy", std::process::id()));
         let mut file = Writer::create(&path, 2, 3).unwrap();
         file.write(&[1.0, 2.0]).unwrap();
         file.write(&[3.0, 4.0, 5.0, 6.0]).unwrap();
         assert!(file.write(&[7.0]).is_err());
+        drop(file);
         assert!(!path.exists());
         let mut file = Writer::create(&path, 2, 3).unwrap();
         file.write(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
         file.finish().unwrap();
-        let read = Array2::<f32>::read_npy(std::fs::File::open(&path).unwrap()).unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let read = Array2::<f32>::read_npy(File::open(&path).unwrap()).unwrap();
         assert_eq!(read, arr2(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]));
+
+        arr2(&[[7.0f32, 8.0], [9.0, 1.5]]).write_npy(File::create(&path).unwrap()).unwrap();
+        let mut file = Reader::open(&path, 2, 2).unwrap();
+        assert_eq!((file.row().unwrap(), file.row().unwrap()), (vec![7.0, 8.0], vec![9.0, 1.5]));
+        assert!(file.row().is_err());
+        assert!(Reader::open(&path, 2, 3).is_err());
+        arr2(&[[1.0f64]]).write_npy(File::create(&path).unwrap()).unwrap();
+        assert!(Reader::open(&path, 1, 1).is_err());
+        std::fs::write(&path, b"\x93NUMPY\x02\x00\xff\xff\xff\xff").unwrap();
+        assert!(Reader::open(&path, 1, 1).is_err());
+        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -2,13 +2,11 @@
 
 use crate::cli::{model, npy};
 use crate::Done;
-use anyhow::{bail, Context};
-use ndarray::Array2;
-use ndarray_npy::ReadNpyExt;
+use anyhow::bail;
 use qwen3next_model::perplexity::{divergence, negative_log_likelihood, scored_rows, top, windows, Scored, Sum};
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -54,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         bail!("--ctx {}: expected 2 to {}, the tokens of the text", args.ctx, tokens.len());
     }
     let rows = scored_rows(tokens.len(), args.ctx, scored);
-    let base = args.kl_base.as_deref().map(|path| read_base(path, rows, vocab)).transpose()?;
+    let mut base = args.kl_base.as_deref().map(|path| npy::Reader::open(path, rows, vocab)).transpose()?;
     let mut save = args.save_logits.as_deref().map(|path| npy::Writer::create(path, rows, vocab)).transpose()?;
 
     let bar = super::progress((tokens.len() / args.ctx) as u64, "perplexity {wide_bar} {pos}/{len} {msg} {eta}");
@@ -65,8 +63,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             let likelihood = negative_log_likelihood(logits, next)?;
             anyhow::ensure!(!likelihood.is_nan(), "window {}: a logit is NaN", window.index);
             nll.add(likelihood);
-            if let Some(base) = &base {
-                let base = base.row(row).to_vec();
+            if let Some(base) = &mut base {
+                let base = base.row()?;
                 base_nll.add(negative_log_likelihood(&base, next)?);
                 let d = divergence(&base, logits);
                 kl.add(d);
@@ -126,14 +124,4 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         }
     }
     Ok(Done::Ok)
-}
-
-fn read_base(path: &Path, rows: usize, vocab: usize) -> anyhow::Result<Array2<f32>> {
-    let file = std::fs::File::open(path).with_context(|| format!("{}", path.display()))?;
-    let base = Array2::<f32>::read_npy(std::io::BufReader::new(file)).with_context(|| format!("{}", path.display()))?;
-    if base.dim() != (rows, vocab) {
-        let (r, v) = base.dim();
-        bail!("{}: shape [{r}, {v}], expected [{rows}, {vocab}] for this text, context and model", path.display());
-    }
-    Ok(base)
 }
