@@ -60,10 +60,11 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let mut options = if args.quick { Options::quick() } else { Options { random: args.cases, ..Options::default() } };
     options = Options { seed: args.seed, variant: args.variant, isa, check: args.check, case: args.case, ..options };
 
+    let json = args.json.as_deref().map(super::Output::create).transpose()?;
     let rows = verify(&entries, &options)?;
     print(&rows, &mut std::io::stdout().lock())?;
-    if let Some(path) = &args.json {
-        write_json(path, &options, &rows)?;
+    if let Some(file) = json {
+        write_json(file, &options, &rows)?;
     }
     if rows.is_empty() {
         bail!("nothing to run: no variant has the instruction set {}", args.isa.unwrap_or_default());
@@ -144,7 +145,7 @@ pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_json(path: &Path, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
+fn write_json(file: super::Output, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
     let rows: Vec<_> = rows
         .iter()
         .map(|r| {
@@ -162,5 +163,5 @@ fn write_json(path: &Path, options: &Options, rows: &[Row]) -> anyhow::Result<()
         })
         .collect();
     let document = json!({ "version": env!("CARGO_PKG_VERSION"), "seed": options.seed, "results": rows });
-    super::write_whole(path, serde_json::to_string_pretty(&document)?.as_bytes())
+    file.finish(serde_json::to_string_pretty(&document)?.as_bytes())
 }
