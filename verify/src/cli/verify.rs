@@ -7,7 +7,7 @@ use qwen3next_verify::cases;
 use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
 use serde_json::json;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -144,7 +144,7 @@ pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_json(path: &PathBuf, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
+fn write_json(path: &Path, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
     let rows: Vec<_> = rows
         .iter()
         .map(|r| {
