@@ -7,7 +7,7 @@ use qwen3next_verify::cases;
 use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
