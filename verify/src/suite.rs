@@ -65,11 +65,13 @@ pub struct Options {
     pub check: Option<String>,
     /// Only this case, in its printed form, instead of grid and random ones.
     pub case: Option<String>,
+    /// Steps that may be spent on making a failing random case smaller.
+    pub shrink: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None }
+        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None, shrink: 400 }
     }
 }
 
@@ -129,6 +131,11 @@ impl Entry {
         Entry { op: S::Op::NAME, run: run::<S> }
     }
 
+    /// The entry of what is no operator and runs its checks itself.
+    pub fn new(op: &'static str, run: fn(&Options) -> Result<Vec<Row>, String>) -> Entry {
+        Entry { op, run }
+    }
+
     /// Runs the suite. `Err` is a bad option, named.
     pub fn run(&self, options: &Options) -> Result<Vec<Row>, String> {
         (self.run)(options)
@@ -140,7 +147,7 @@ pub fn run<S: Suite>(options: &Options) -> Result<Vec<Row>, String> {
     run_on::<S>(options, &S::Op::variants())
 }
 
-/// As [`run`], on these variants: built in or from outside.
+/// As [`run`], on these variants: built in or from outside. Their scratch lies between guard zones.
 pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Result<Vec<Row>, String> {
     let op = S::Op::NAME;
     let checks = S::checks();
@@ -165,9 +172,10 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
         {
             continue;
         }
+        let variant = variant.guarded();
         for check in &checks {
             if options.check.as_deref().is_none_or(|c| c == check.name) {
-                rows.push(run_check::<S>(options, variant, check, &grid, stride));
+                rows.push(run_check::<S>(options, &variant, check, &grid, stride));
             }
         }
     }
@@ -231,7 +239,7 @@ fn run_check<S: Suite>(
         let config = Config {
             cases: options.random as u32,
             failure_persistence: None,
-            max_shrink_iters: 400,
+            max_shrink_iters: options.shrink,
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
