@@ -31,7 +31,6 @@ pub struct Variant<O: Operator> {
     items: unsafe extern "C" fn(*const O::Raw) -> i64,
     scratch_bytes: unsafe extern "C" fn(*const O::Raw) -> i64,
     run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
-    guarded: bool,
 }
 
 impl<O: Operator> Clone for Variant<O> {
@@ -55,13 +54,7 @@ impl<O: Operator> Variant<O> {
         scratch_bytes: unsafe extern "C" fn(*const O::Raw) -> i64,
         run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
     ) -> Self {
-        Variant { name, isa, items, scratch_bytes, run, guarded: false }
-    }
-
-    /// The same variant for tests: every range gets scratch of its own, exactly the bytes that it asked for, full of NaN
-    /// and between guard zones. A call that writes into them is an error that names `scratch`.
-    pub fn guarded(self) -> Self {
-        Variant { guarded: true, ..self }
+        Variant { name, isa, items, scratch_bytes, run }
     }
 
     /// Name of the variant within its operator, e.g. `recurrent_scalar`.
@@ -145,11 +138,9 @@ impl<O: Operator> Exec<O> {
             }
             let raw = shared.get();
             // SAFETY: checked args, a range within the items, scratch of the size and alignment the variant asked for.
-            let call = |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) };
-            match variant.guarded {
-                false => check(O::NAME, with_scratch(bytes, call)),
-                true => check(O::NAME, with_guarded_scratch(bytes, call)?),
-            }
+            let status =
+                with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
+            check(O::NAME, status)
         };
         match parts {
             1 => run(0),
@@ -192,21 +183,6 @@ fn with_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> 
     let result = f(lines.as_mut_ptr().cast());
     SCRATCH.with(|s| s.borrow_mut().push(lines));
     result
-}
-
-/// As [`with_scratch`], from fresh memory full of NaN. A write before or behind the `bytes` is an error.
-fn with_guarded_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> Result<R, Error> {
-    const GUARD: usize = 64;
-    const FULL: [u8; 64] = [0xff; 64];
-    let mut lines = vec![Line(FULL); bytes.div_ceil(64) + 2 * GUARD];
-    let result = f(lines[GUARD..].as_mut_ptr().cast());
-    let (before, rest) = lines.split_at(GUARD);
-    let whole = |lines: &[Line]| lines.iter().all(|line| line.0 == FULL);
-    let (last, behind) = (rest[bytes / 64], &rest[bytes / 64 + 1..]);
-    match whole(before) && last.0[bytes % 64..] == FULL[bytes % 64..] && whole(behind) {
-        true => Ok(result),
-        false => Err(Error::argument("scratch", format!("was written outside the {bytes} bytes that were asked for"))),
-    }
 }
 
 /// Implements [`Operator`] for `Op` over the functions that Q3N_DECLARE_OPERATOR declares for an operator.

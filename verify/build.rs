@@ -117,15 +117,23 @@ fn make(csrc: &Path, folder: &Path, copy: &Copy) -> (Vec<PathBuf>, String) {
     for patch in copy.patches {
         let text = sources.get_mut(patch.file).unwrap_or_else(|| panic!("{who}: csrc has no file {}", patch.file));
         let count = text.matches(patch.find).count();
-        assert!(count == 1, "{who}: {} holds the text to replace {count} times, expected once:\n{}", patch.file, patch.find);
+        assert!(
+            count == 1,
+            "{who}: {} holds the text to replace {count} times, expected once:\n{}",
+            patch.file,
+            patch.find
+        );
         *text = text.replace(patch.find, patch.replace);
     }
 
     let inc = &sources[&format!("{room}/{room}.inc")];
-    let [items, scratch, run] = functions(inc, op, variant).unwrap_or_else(|| panic!("{who}: {room}.inc has no scalar {op} {variant}"));
+    let [items, scratch, run] =
+        functions(inc, op, variant).unwrap_or_else(|| panic!("{who}: {room}.inc has no scalar {op} {variant}"));
     let home = sources
         .iter()
-        .find(|(name, text)| name.starts_with(&format!("{room}/")) && name.ends_with(".c") && defined(text).contains(&run))
+        .find(|(name, text)| {
+            name.starts_with(&format!("{room}/")) && name.ends_with(".c") && defined(text).contains(&run)
+        })
         .unwrap_or_else(|| panic!("{who}: no file of {room} defines {run}"))
         .0
         .clone();

@@ -124,8 +124,23 @@ impl Report {
     /// A mutant was noticed; one of the control group was not, and something ran.
     fn as_it_should_be(&self) -> bool {
         match self.subject.bug {
-            Some(_) => !self.kills.is_empty(),
+            Some(_) => !self.kills.is_empty() || self.is_skipped(),
             None => self.kills.is_empty() && self.passed + self.skipped.len() > 0,
+        }
+    }
+
+    /// No check could run.
+    fn is_skipped(&self) -> bool {
+        self.kills.is_empty() && self.passed == 0 && !self.skipped.is_empty()
+    }
+
+    fn verdict(&self) -> &'static str {
+        match (self.subject.bug, self.as_it_should_be()) {
+            _ if self.is_skipped() => "skipped",
+            (Some(_), true) => "noticed",
+            (Some(_), false) => "survived",
+            (None, true) => "passed",
+            (None, false) => "failed",
         }
     }
 }
@@ -178,14 +193,18 @@ fn print(reports: &[Report], out: &mut impl Write) -> anyhow::Result<()> {
             writeln!(out, "{:<4} {:<12} {:<18} {:>6}  PENDING: {why}", mutant.id, "-", "-", "-")?;
         }
         let Some(report) = reports.iter().find(|r| r.subject.id == mutant.id) else { continue };
-        let by = if report.kills.is_empty() { "NOBODY".into() } else { names(&report.kills).join(" ") };
+        let by = match report.verdict() {
+            "skipped" => format!("SKIPPED: {}", report.skipped[0]),
+            "survived" => "NOBODY".into(),
+            _ => names(&report.kills).join(" "),
+        };
         let counts = format!("{}/{}", names(&report.kills).len(), report.subject.checks.len());
         let Subject { id, op, variant, .. } = report.subject;
         writeln!(out, "{id:<4} {op:<12} {variant:<18} {counts:>6}  {by}")?;
     }
     let (mutants, control): (Vec<_>, Vec<_>) = reports.iter().partition(|r| r.subject.bug.is_some());
     for report in &mutants {
-        let Some(bug) = report.subject.bug.filter(|_| report.kills.is_empty()) else { continue };
+        let Some(bug) = report.subject.bug.filter(|_| !report.as_it_should_be()) else { continue };
         writeln!(out, "\nSURVIVED {}: {bug}", report.subject.id)?;
     }
     for report in control.iter().filter(|r| !r.as_it_should_be()) {
@@ -197,13 +216,16 @@ fn print(reports: &[Report], out: &mut impl Write) -> anyhow::Result<()> {
     for report in control.iter().filter(|r| !r.skipped.is_empty()) {
         writeln!(out, "SKIPPED {} checks of {}: {}", report.skipped.len(), report.subject.id, report.skipped[0])?;
     }
-    let noticed = mutants.iter().filter(|r| !r.kills.is_empty()).count();
+    let count = |list: &[&Report], verdict: &str| list.iter().filter(|r| r.verdict() == verdict).count();
     writeln!(
         out,
-        "\n{noticed} of {} mutants noticed, {pending} pending; {} of {} unpatched copies pass",
+        "\n{} of {} mutants noticed, {} skipped, {pending} pending; {} of {} unpatched copies pass, {} skipped",
+        count(&mutants, "noticed"),
         mutants.len(),
-        control.iter().filter(|r| r.as_it_should_be()).count(),
-        control.len()
+        count(&mutants, "skipped"),
+        count(&control, "passed"),
+        control.len(),
+        count(&control, "skipped")
     )?;
     Ok(())
 }
@@ -230,7 +252,7 @@ fn write_json(path: &Path, options: &Options, reports: &[Report]) -> anyhow::Res
             (_, report) => json!({
                 "id": mutant.id, "bug": mutant.bug,
                 "op": report.map(|r| r.subject.op), "variant": report.map(|r| r.subject.variant),
-                "verdict": if report.is_some_and(|r| !r.kills.is_empty()) { "noticed" } else { "survived" },
+                "verdict": report.map(Report::verdict), "skipped": report.map(|r| &r.skipped),
                 "noticed_by": report.map(|r| kills(&r.kills)),
             }),
         })
@@ -241,7 +263,7 @@ fn write_json(path: &Path, options: &Options, reports: &[Report]) -> anyhow::Res
         .map(|r| {
             json!({
                 "id": r.subject.id, "op": r.subject.op, "variant": r.subject.variant, "cases": r.passed,
-                "skipped": r.skipped, "verdict": if r.as_it_should_be() { "passed" } else { "failed" },
+                "skipped": r.skipped, "verdict": r.verdict(),
                 "failures": kills(&r.kills),
             })
         })

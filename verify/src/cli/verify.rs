@@ -64,7 +64,10 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         bail!("--backend {}: not built in; expected cpu or all", args.backend);
     }
     let entries = chosen(args.op.as_deref())?;
-    if args.op.is_none() && args.mutant.is_none() && (args.variant.is_some() || args.check.is_some() || args.case.is_some()) {
+    if args.op.is_none()
+        && args.mutant.is_none()
+        && (args.variant.is_some() || args.check.is_some() || args.case.is_some())
+    {
         bail!("--variant, --check and --case belong to one operator: give --op");
     }
     let isa = match &args.isa {

@@ -69,8 +69,7 @@ const ROPE: &str = "rope/rope_scalar.c";
 const MOE: &str = "moe/moe_scalar.c";
 
 const INVERSE_NORM: &str = "1.0f / sqrtf(gd_dot(x, x, a->K) + a->qk_l2norm_eps)";
-const NORM_FACTOR: &str =
-    "1.0 / sqrt((a->kind == Q3N_NORM_L2 ? squares : squares / (double)a->D) + (double)a->eps);";
+const NORM_FACTOR: &str = "1.0 / sqrt((a->kind == Q3N_NORM_L2 ? squares : squares / (double)a->D) + (double)a->eps);";
 const EXP_G: &str = "expf(x->g[t * a->g_t]) : 1.0f";
 const HALF: Patch =
     at(RECURRENT, "#include \"gated_delta_parts.h\"", "#include \"../base/half.h\"\n#include \"gated_delta_parts.h\"");
@@ -460,14 +459,14 @@ pub const CATALOGUE: &[Mutant] = &[
         "rope",
         "scalar",
         &[
-            at(
-                ROPE,
-                "half = a->R / 2, tail = a->D - a->R",
-                "half = a->D / 2, tail = a->D - 2 * half",
-            ),
+            at(ROPE, "half = a->R / 2, tail = a->D - a->R", "half = a->D / 2, tail = a->D - 2 * half"),
             at(ROPE, "/ (double)a->R", "/ (double)(2 * half)"),
             at(ROPE, "memcpy(y + a->R, x + a->R,", "memcpy(y + 2 * half, x + 2 * half,"),
-            at("rope/rope.c", "q3n_align(a->R / 2 * 8) + q3n_align(a->R * 4)", "q3n_align(a->D * 4) + q3n_align(a->D * 4)"),
+            at(
+                "rope/rope.c",
+                "q3n_align(a->R / 2 * 8) + q3n_align(a->R * 4)",
+                "q3n_align(a->D * 4) + q3n_align(a->D * 4)",
+            ),
         ],
     ),
     kernel(

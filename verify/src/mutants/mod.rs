@@ -81,14 +81,7 @@ pub fn subjects() -> Vec<Subject> {
 }
 
 fn subject(copy: Copy, bug: Option<&'static str>) -> Subject {
-    Subject {
-        id: copy.id,
-        bug,
-        op: copy.op,
-        variant: copy.variant,
-        checks: (copy.checks)(),
-        run: Box::new(copy.run),
-    }
+    Subject { id: copy.id, bug, op: copy.op, variant: copy.variant, checks: (copy.checks)(), run: Box::new(copy.run) }
 }
 
 #[cfg(test)]
