@@ -3,11 +3,13 @@
 //!
 //! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
 //! and guarded arrays, [`suite`] runs it all and prints reproducers,
-//! [`timing`] measures variants side by side, [`mutants`] holds the bugs that the suites must notice.
+//! [`timing`] measures variants side by side, [`drift`] follows the delta rule's error over long sequences, [`mutants`]
+//! holds the bugs that the suites must notice.
 
 pub mod buffer;
 pub mod cases;
 pub mod compare;
+pub mod drift;
 pub mod mutants;
 pub mod reference;
 pub mod suite;
