@@ -4,6 +4,7 @@ use crate::isa::Isa;
 use crate::status::{check, Error};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// An operator of the C library. Implemented by the marker type `Op` of every operator module.
 pub trait Operator: Sized + 'static {
@@ -138,8 +139,11 @@ impl<O: Operator> Exec<O> {
             }
             let raw = shared.get();
             // SAFETY: checked args, a range within the items, scratch of the size and alignment the variant asked for.
-            let status =
-                with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
+            let call = |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) };
+            let status = match GUARDS.load(Ordering::Relaxed) {
+                0 => with_scratch(bytes, call),
+                _ => with_guarded_scratch(bytes, call)?,
+            };
             check(O::NAME, status)
         };
         match parts {
@@ -183,6 +187,45 @@ fn with_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> 
     let result = f(lines.as_mut_ptr().cast());
     SCRATCH.with(|s| s.borrow_mut().push(lines));
     result
+}
+
+static GUARDS: AtomicUsize = AtomicUsize::new(0);
+
+/// While one of these lives, every call in the process gets fresh scratch of exactly the size its variant asked for,
+/// filled with NaN, and fails where the bytes around it have changed. For tests.
+#[derive(Debug)]
+pub struct ScratchGuard(());
+
+impl ScratchGuard {
+    /// Guards scratch from now on.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        GUARDS.fetch_add(1, Ordering::Relaxed);
+        ScratchGuard(())
+    }
+}
+
+impl Drop for ScratchGuard {
+    fn drop(&mut self) {
+        GUARDS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn with_guarded_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> Result<R, Error> {
+    const ZONE: usize = 256;
+    // Two NaNs whose payloads no arithmetic makes.
+    let pattern = |nan: u32, len: usize| nan.to_le_bytes().into_iter().cycle().take(len);
+    let mut memory = vec![0u8; 64 + ZONE + bytes + ZONE];
+    let skip = memory.as_ptr().align_offset(64);
+    let fill = pattern(0x7fc0_600d, ZONE).chain(pattern(0x7fc0_dead, bytes)).chain(pattern(0x7fc0_600d, ZONE));
+    memory[skip..].iter_mut().zip(fill).for_each(|(to, from)| *to = from);
+    let result = f(memory[skip + ZONE..].as_mut_ptr().cast());
+    for (side, at) in [("before", skip), ("past", skip + ZONE + bytes)] {
+        if !memory[at..at + ZONE].iter().copied().eq(pattern(0x7fc0_600d, ZONE)) {
+            return Err(Error::argument("scratch", format!("the kernel wrote {side} the {bytes} bytes it asked for")));
+        }
+    }
+    Ok(result)
 }
 
 /// Implements [`Operator`] for `Op` over the functions that Q3N_DECLARE_OPERATOR declares for an operator.

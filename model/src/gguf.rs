@@ -10,6 +10,7 @@ use qwen3next_kernels::DType;
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: usize = 32;
@@ -273,7 +274,12 @@ impl Gguf {
         Gguf::parse_store(path, file::open(path, options)?)
     }
 
-    /// As [`Gguf::open`], of bytes that are there already; `path` names them in errors.
+    /// As [`Gguf::open`], of the bytes of a file; `path` names them in errors.
+    pub fn parse_bytes(path: &Path, bytes: Vec<u8>) -> Result<Gguf, Error> {
+        Gguf::parse_store(path, Store::Owned(Arc::new(bytes)))
+    }
+
+    /// As [`Gguf::parse_bytes`], of bytes that are there already.
     pub(crate) fn parse_store(path: &Path, store: Store) -> Result<Gguf, Error> {
         let mut gguf = Gguf {
             path: path.into(),

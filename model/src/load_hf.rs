@@ -97,7 +97,11 @@ struct Json {
 
 impl Json {
     fn open(path: &Path) -> Result<Json, Error> {
-        match serde_json::from_str(&read_text(path, MAX_CONFIG)?) {
+        Json::parse(path, &read_text(path, MAX_CONFIG)?)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Json, Error> {
+        match serde_json::from_str(text) {
             Ok(Value::Object(map)) => Ok(Json { path: path.into(), map }),
             Ok(_) => Err(Error::format(path, "is not a JSON object")),
             Err(e) => Err(Error::format(path, format!("is not JSON: {}", shown(&e.to_string())))),
@@ -155,6 +159,13 @@ impl Json {
 
     fn refuse(&self, key: &str, why: impl Into<String>) -> Error {
         Error::key(&self.path, key, why)
+    }
+}
+
+impl Config {
+    /// Sizes by the text of a config.json; `path` names it in errors.
+    pub fn parse_json(path: &Path, text: &str) -> Result<Config, Error> {
+        config(&Json::parse(path, text)?)
     }
 }
 

@@ -312,8 +312,12 @@ impl Tokenizer {
 
     /// From a tokenizer.json; `vocab` is the number of embedding rows.
     pub fn from_json(path: &Path, vocab: usize) -> Result<Tokenizer, Error> {
+        Self::parse_json(path, read_text(path, MAX_JSON)?, vocab)
+    }
+
+    /// As [`Tokenizer::from_json`], of the text of a file; `path` names it in errors.
+    pub fn parse_json(path: &Path, text: String, vocab: usize) -> Result<Tokenizer, Error> {
         let bad = |why: String| Error::format(path, why);
-        let text = read_text(path, MAX_JSON)?;
         // The crate's own reader panics on some broken files, so the parts are read here.
         let file: Json = serde_json::from_str(&text).map_err(|e| bad(shown(&e.to_string())))?;
         drop(text);

@@ -3,6 +3,7 @@
 use super::{normal, wide};
 use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32};
+use crate::guard::Guarded;
 use crate::reference::{causal_conv as reference, norm::silu};
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
@@ -160,11 +161,14 @@ impl Problem {
         let mut pool_out = Output::with(&self.pool, pool_shape, case.layout);
         let mut y = Output::new([rows, t, self.c], case.layout);
         let mut snapshots = Output::new([rows, t, self.c, window], case.layout);
+        let bias = self.bias.as_deref().map(Guarded::of);
+        let (slot_in, slot_out) = (Guarded::of(&self.slot_in), Guarded::of(&self.slot_out));
+        let cu = Guarded::of(&self.cu);
         let args = causal_conv::Args {
             y: y.view(),
             x: x.view(),
             w: w.view(),
-            bias: self.bias.as_deref(),
+            bias: bias.as_deref(),
             state: match case.states {
                 States::Zeros => causal_conv::State::Zeros,
                 States::In => causal_conv::State::In(pool_in.view()),
@@ -173,9 +177,9 @@ impl Problem {
                 States::InPlace => causal_conv::State::InPlace(pool_out.view()),
             },
             snapshots: case.snapshots.then(|| snapshots.view()),
-            slot_in: Some(&self.slot_in),
-            slot_out: Some(&self.slot_out),
-            cu_seqlens: case.packed.then_some(&self.cu[..]),
+            slot_in: Some(&slot_in),
+            slot_out: Some(&slot_out),
+            cu_seqlens: case.packed.then_some(&cu[..]),
             silu: case.silu,
         };
         causal_conv::run(args, exec)?;

@@ -3,6 +3,7 @@
 use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, Failure, Metrics, U32};
 use crate::drift;
+use crate::guard::Guarded;
 use crate::reference::gated_delta::{bounds, Bounds, Form, Head, Trace, EXP};
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
@@ -328,7 +329,7 @@ pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Resul
         .then(|| Input::new(&lay_g(&[rows, tokens, hv, k]), [rows, tokens, hv, k], layout));
     let mut o = Output::new([rows, tokens, hv, v], layout);
     let mut snapshots = case.snapshots.then(|| Output::new([rows, tokens, hv, v, k], layout));
-    let cu: Vec<i64> = (0..=case.b).map(|b| case.start(b) as i64).collect();
+    let cu = Guarded::of(&(0..=case.b).map(|b| case.start(b) as i64).collect::<Vec<_>>());
 
     let state_len = case.state_len();
     let pool_shape = [inputs.slots, hv, v, k];
@@ -340,7 +341,8 @@ pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Resul
     let initial = if case.state == StateKind::InPlace { before } else { vec![UNUSED; inputs.slots * state_len] };
     let mut pool = Output::with(&initial, pool_shape, layout);
 
-    let (slot_in, slot_out) = (case.slots.then_some(&inputs.slot_in[..]), case.slots.then_some(&inputs.slot_out[..]));
+    let slots = (Guarded::of(&inputs.slot_in), Guarded::of(&inputs.slot_out));
+    let (slot_in, slot_out) = (case.slots.then_some(&slots.0[..]), case.slots.then_some(&slots.1[..]));
     let args = gated_delta::Args {
         o: o.view(),
         snapshots: snapshots.as_mut().map(|s| s.view()),

@@ -313,7 +313,7 @@ pub const CATALOGUE: &[Mutant] = &[
         &[at(ATTENTION, "d < D; d++) o[d] = empty ? 0.0f :", "!empty && d < D; d++) o[d] =")],
     ),
     kernel(
-        "22",
+        "22a",
         "the last elements of a row are read as a whole vector, past its end, and masked by a product with 0",
         "norm",
         "scalar",
@@ -322,6 +322,21 @@ pub const CATALOGUE: &[Mutant] = &[
             "  for (; d < n; d++) part[d % 8] += (double)x[d] * (double)x[d];",
             "  for (; d < n; d += 8)
     for (int lane = 0; lane < 8; lane++) part[lane] += (d + lane < n) * (double)x[d + lane] * (double)x[d + lane];",
+        )],
+    ),
+    kernel(
+        "22b",
+        "the same with a mask that selects: no result shows it",
+        "norm",
+        "scalar",
+        &[at(
+            NORM,
+            "  for (; d < n; d++) part[d % 8] += (double)x[d] * (double)x[d];",
+            "  for (; d < n; d += 8)
+    for (int lane = 0; lane < 8; lane++) {
+      const double loaded = (double)*(const volatile float *)(x + d + lane);
+      part[lane] += d + lane < n ? loaded * loaded : 0.0;
+    }",
         )],
     ),
     kernel(
