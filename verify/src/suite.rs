@@ -283,16 +283,15 @@ fn run_check<S: Suite>(
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
         let seen = RefCell::new((0, row.metrics));
-        let result =
-            runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match attempt(&case, seed) {
-                Ok(Some(metrics)) => {
-                    let mut seen = seen.borrow_mut();
-                    *seen = (seen.0 + 1, seen.1.worst(metrics));
-                    Ok(())
-                }
-                Ok(None) => Ok(()),
-                Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
-            });
+        let result = runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match attempt(&case, seed) {
+            Ok(Some(metrics)) => {
+                let mut seen = seen.borrow_mut();
+                *seen = (seen.0 + 1, seen.1.worst(metrics));
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
+        });
         let (passed, metrics) = seen.into_inner();
         row.passed += passed;
         row.metrics = metrics;

@@ -66,8 +66,7 @@ fn logits(case: &RouteCase, seed: u64) -> Vec<f32> {
 fn routed(exec: &Exec<route::Op>, case: &RouteCase, logits: &[f32]) -> Result<(Vec<i32>, Vec<f32>), Error> {
     let input = Input::new(logits, [case.t, case.e], case.layout);
     let pairs = case.t * case.top_k;
-    let (mut ids, mut weights) =
-        (Guarded::filled(pairs, i32::MIN), Guarded::filled(pairs, f32::from_bits(POISON)));
+    let (mut ids, mut weights) = (Guarded::filled(pairs, i32::MIN), Guarded::filled(pairs, f32::from_bits(POISON)));
     let (top_k, normalize) = (case.top_k, case.normalize);
     route::run(route::Args { ids: &mut ids, weights: &mut weights, logits: input.view(), top_k, normalize }, exec)?;
     Ok((ids.to_vec(), weights.to_vec()))
