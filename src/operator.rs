@@ -198,8 +198,7 @@ pub struct ScratchGuard(());
 
 impl ScratchGuard {
     /// Guards scratch from now on.
-    #[allow(clippy::new_without_default)]
-    pub fn new() -> Self {
+    pub fn install() -> Self {
         GUARDS.fetch_add(1, Ordering::Relaxed);
         ScratchGuard(())
     }
@@ -213,15 +212,17 @@ impl Drop for ScratchGuard {
 
 fn with_guarded_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> Result<R, Error> {
     const ZONE: usize = 256;
-    // Two NaNs whose payloads no arithmetic makes.
-    let pattern = |nan: u32, len: usize| nan.to_le_bytes().into_iter().cycle().take(len);
-    let mut memory = vec![0u8; 64 + ZONE + bytes + ZONE];
-    let skip = memory.as_ptr().align_offset(64);
-    let fill = pattern(0x7fc0_600d, ZONE).chain(pattern(0x7fc0_dead, bytes)).chain(pattern(0x7fc0_600d, ZONE));
-    memory[skip..].iter_mut().zip(fill).for_each(|(to, from)| *to = from);
-    let result = f(memory[skip + ZONE..].as_mut_ptr().cast());
-    for (side, at) in [("before", skip), ("past", skip + ZONE + bytes)] {
-        if !memory[at..at + ZONE].iter().copied().eq(pattern(0x7fc0_600d, ZONE)) {
+    // NaN as a float and as a double.
+    const POISON: u8 = 0xff;
+    const GUARD: u8 = 0xa5;
+    let mut memory = vec![POISON; 64 + ZONE + bytes + ZONE];
+    let zones = memory.as_ptr().align_offset(64);
+    let scratch = zones + ZONE;
+    memory[zones..scratch].fill(GUARD);
+    memory[scratch + bytes..].fill(GUARD);
+    let result = f(memory[scratch..].as_mut_ptr().cast());
+    for (side, zone) in [("before", &memory[zones..scratch]), ("past", &memory[scratch + bytes..])] {
+        if zone.iter().any(|&byte| byte != GUARD) {
             return Err(Error::argument("scratch", format!("the kernel wrote {side} the {bytes} bytes it asked for")));
         }
     }

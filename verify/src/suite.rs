@@ -207,6 +207,12 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
                 rows.push(run_check::<S>(options, variant, check, &grid, stride));
             }
         }
+        if !guard::AVAILABLE {
+            let why = "this system is not asked for inaccessible pages: arrays lie on the heap".into();
+            let (op, variant, isa) = (S::Op::NAME, variant.name(), variant.isa());
+            let (passed, metrics, verdict) = (0, Metrics::default(), Verdict::Skipped(why));
+            rows.push(Row { op, variant, isa, check: "guard_pages", passed, metrics, verdict });
+        }
     }
     Ok(rows)
 }
@@ -239,7 +245,7 @@ fn run_check<S: Suite>(
         failure: failure.0,
         reproduce: command(case, seed),
     };
-    let (running, _scratch) = (current::enter(), ScratchGuard::new());
+    let (running, _scratch) = (current::enter(), ScratchGuard::install());
     // With the arrays' ends, then with their starts at inaccessible memory.
     let attempt = |case: &S::Case, seed: u64| -> Outcome {
         running.is(&command(case, seed));

@@ -158,7 +158,7 @@ impl Stored {
         let rows = slots * s * hkv;
         let at = |r: usize| offset + r / (s * hkv) * slot + r / hkv % s * key + r % hkv * head;
         let of = |r: usize| &values[r * d..(r + 1) * d];
-        let length = rows.checked_sub(1).map_or(0, |last| at(last) + per_head);
+        let length = rows.checked_sub(1).map_or(offset, |last| at(last) + per_head);
         let cache = match kv {
             KvType::F32 => Cache::F32(lay(length, f32::NAN, rows, at, |r| of(r).to_vec())),
             KvType::F16 => {

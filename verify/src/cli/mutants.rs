@@ -173,13 +173,15 @@ fn watch(subject: Subject, options: &Options, first: bool) -> anyhow::Result<Rep
         }
     }
     let end = child.wait_with_output()?;
-    if !end.status.success() {
-        // Bad input is no crash: it would count every mutant as noticed.
-        if end.status.code() == Some(2) {
-            bail!("{}: {}", report.subject.id, String::from_utf8_lossy(&end.stderr).trim());
+    match end.status.code() {
+        Some(0) => {}
+        // Killed by a signal: the mutant did that. Any status is of this program's own making, and would hide a mutant
+        // behind a mistake in the suite.
+        None => {
+            let reproduce = format!("qwen3next verify --mutant {} --check {check}", report.subject.id);
+            report.kills.push(Kill { check, failure: format!("the process ended: {}", end.status), reproduce });
         }
-        let reproduce = format!("qwen3next verify --mutant {} --check {check}", report.subject.id);
-        report.kills.push(Kill { check, failure: format!("the process ended: {}", end.status), reproduce });
+        Some(_) => bail!("{}: {}", report.subject.id, String::from_utf8_lossy(&end.stderr).trim()),
     }
     Ok(report)
 }
