@@ -77,6 +77,16 @@ impl Snapshot {
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
+
+    /// What one layer remembers: the convolution windows then the recurrent states, or the keys then the values.
+    pub fn layer(&self, layer: usize) -> Option<&[f32]> {
+        self.layers.get(layer).map(Vec::as_slice)
+    }
+
+    /// As [`Snapshot::layer`], to be changed.
+    pub fn layer_mut(&mut self, layer: usize) -> Option<&mut [f32]> {
+        self.layers.get_mut(layer).map(Vec::as_mut_slice)
+    }
 }
 
 impl State {

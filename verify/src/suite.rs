@@ -95,11 +95,13 @@ pub struct Options {
     pub check: Option<String>,
     /// Only this case, in its printed form, instead of grid and random ones.
     pub case: Option<String>,
+    /// Steps that may be spent on making a failing random case smaller.
+    pub shrink: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None }
+        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None, shrink: 400 }
     }
 }
 
@@ -157,6 +159,11 @@ impl Entry {
     /// The entry of a suite.
     pub fn of<S: Suite>() -> Entry {
         Entry { op: S::Op::NAME, run: run::<S> }
+    }
+
+    /// The entry of what is no operator and runs its checks itself.
+    pub fn new(op: &'static str, run: fn(&Options) -> Result<Vec<Row>, String>) -> Entry {
+        Entry { op, run }
     }
 
     /// Runs the suite. `Err` is a bad option, named.
@@ -277,7 +284,7 @@ fn run_check<S: Suite>(
         let config = Config {
             cases: options.random as u32,
             failure_persistence: None,
-            max_shrink_iters: 400,
+            max_shrink_iters: options.shrink,
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));

@@ -6,6 +6,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 pub mod model;
+pub mod mutants;
 pub mod npy;
 pub mod perplexity;
 pub mod spelling;

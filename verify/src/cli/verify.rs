@@ -1,5 +1,6 @@
 //! `qwen3next verify`: every variant of every operator on shared cases; failures print how to repeat them.
 
+use crate::cli::mutants;
 use crate::Done;
 use anyhow::{bail, Context};
 use qwen3next_kernels::Isa;
@@ -38,6 +39,21 @@ pub struct Args {
     /// Every fifth case of the grid, few random ones.
     #[arg(long)]
     quick: bool,
+    /// Put known bugs back into copies of the kernels, one after the other: the checks must notice every one of them.
+    #[arg(long, conflicts_with_all = ["op", "isa", "variant", "check", "case", "mutant"])]
+    mutants: bool,
+    /// Run the checks of its operator on this mutant (or on `control_...`, see --mutants), which must fail.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["op", "isa", "variant"])]
+    mutant: Option<String>,
+    /// With --mutants: one check that notices a mutant is enough, and the control group takes the quick grid.
+    #[arg(long, requires = "mutants")]
+    first: bool,
+    /// With --mutant: tell the progress as JSON lines (how --mutants runs it).
+    #[arg(long, requires = "mutant", hide = true)]
+    lines: bool,
+    /// With --lines: every how many-th case of the grid.
+    #[arg(long, requires = "lines", hide = true)]
+    stride: Option<usize>,
     /// Also write the results to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -48,7 +64,10 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         bail!("--backend {}: not built in; expected cpu or all", args.backend);
     }
     let entries = chosen(args.op.as_deref())?;
-    if args.op.is_none() && (args.variant.is_some() || args.check.is_some() || args.case.is_some()) {
+    if args.op.is_none()
+        && args.mutant.is_none()
+        && (args.variant.is_some() || args.check.is_some() || args.case.is_some())
+    {
         bail!("--variant, --check and --case belong to one operator: give --op");
     }
     let isa = match &args.isa {
@@ -58,10 +77,18 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         })?),
     };
     let mut options = if args.quick { Options::quick() } else { Options { random: args.cases, ..Options::default() } };
+    options.stride = args.stride.unwrap_or(options.stride);
     options = Options { seed: args.seed, variant: args.variant, isa, check: args.check, case: args.case, ..options };
 
+    if args.mutants {
+        return mutants::all(&options, args.first, args.json.as_deref());
+    }
     let json = args.json.as_deref().map(super::Output::create).transpose()?;
-    let rows = verify(&entries, &options)?;
+    let rows = match &args.mutant {
+        Some(id) if args.lines => return mutants::tell(id, &options),
+        Some(id) => mutants::one(id, &options)?,
+        None => verify(&entries, &options)?,
+    };
     print(&rows, &mut std::io::stdout().lock())?;
     if let Some(file) = json {
         write_json(file, &options, &rows)?;
