@@ -2,12 +2,14 @@
 //! variant on them. The `qwen3next` command and the tests of this crate run the same checks.
 //!
 //! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
-//! and guarded arrays, [`suite`] runs it all and prints reproducers,
-//! [`timing`] measures variants side by side.
+//! and guarded arrays, [`suite`] runs it all and prints reproducers, [`timing`] measures variants side by side,
+//! [`plugin`] loads variants from shared libraries, [`report`] writes JSON and HTML.
 
 pub mod buffer;
 pub mod cases;
 pub mod compare;
+pub mod plugin;
 pub mod reference;
+pub mod report;
 pub mod suite;
 pub mod timing;

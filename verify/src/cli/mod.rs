@@ -7,6 +7,7 @@ pub mod logits;
 pub mod model;
 pub mod npy;
 pub mod perplexity;
+pub mod plugin;
 pub mod spelling;
 pub mod synth;
 pub mod tour;
@@ -33,3 +34,15 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     file.persist(path).with_context(fail)?;
     Ok(())
 }
+
+/// An error that is a wrong kernel rather than bad input: exit status 1.
+#[derive(Debug)]
+pub struct Wrong(pub String);
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Wrong {}
