@@ -144,9 +144,7 @@ impl Plugin {
             }
             Kind::Table => {
                 // SAFETY: the symbol is data of the table's size, and the caller vouches for its type.
-                let table = unsafe {
-                    &**library.get::<*const Table<O::Raw>>(self.symbol.as_bytes()).map_err(missing)?
-                };
+                let table = unsafe { &**library.get::<*const Table<O::Raw>>(self.symbol.as_bytes()).map_err(missing)? };
                 if table.name.is_null() {
                     return Err(fail("its name is NULL".into()));
                 }
@@ -155,7 +153,8 @@ impl Plugin {
                 let isa = Isa::all()
                     .nth(table.isa as usize)
                     .ok_or_else(|| fail(format!("its isa is {}, which is no q3n_isa", table.isa)))?;
-                let (Some(items), Some(scratch_bytes), Some(run)) = (table.items, table.scratch_bytes, table.run) else {
+                let (Some(items), Some(scratch_bytes), Some(run)) = (table.items, table.scratch_bytes, table.run)
+                else {
                     return Err(fail("items, scratch_bytes or run is NULL".into()));
                 };
                 (name, isa, items, scratch_bytes, run)

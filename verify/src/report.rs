@@ -6,6 +6,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use qwen3next_kernels::Isa;
 use serde_json::{json, Value};
+use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 
 /// Where and when the verification ran.
@@ -101,7 +102,8 @@ fn cases(rows: &[Row]) -> usize {
 /// The whole verification as JSON; the schema is in `verify/README.md`.
 pub fn json(machine: &Machine, options: &Options, rows: &[Row]) -> Value {
     let histogram = |h: &Histogram| {
-        let bins: Vec<_> = h.bins.iter().map(|(bin, n)| json!([f64::from(*bin) / f64::from(Histogram::BINS), n])).collect();
+        let bins: Vec<_> =
+            h.bins.iter().map(|(bin, n)| json!([f64::from(*bin) / f64::from(Histogram::BINS), n])).collect();
         json!({ "zero": h.zero, "log10": bins })
     };
     let results: Vec<_> = rows
@@ -171,8 +173,12 @@ pub fn html(machine: &Machine, options: &Options, rows: &[Row], mutants: Option<
     if let Some(mutants) = mutants {
         kills(&mut page, mutants);
     }
+    page += "<h2>Errors by case</h2>\n<p class=\"note\">Every measured case that passed, by the size of its error: a bar is a \
+             quarter of a decade, its height relative to the fullest bar of its variant. “Exact”: no error at all, not drawn. \
+             Beyond the left end counts at the left end. The red line is the bound: right of it a case fails.</p>\n";
+    let axes = Axes::of(rows);
     for op in rows.chunk_by(|a, b| a.op == b.op) {
-        operator(&mut page, op);
+        operator(&mut page, op, &axes);
     }
     page.push_str("</body></html>\n");
     page
@@ -230,7 +236,8 @@ fn metric_cells(m: &Metrics) -> String {
     [m.row_l2, m.max_over_rms, m.bound_multiple, m.nmse].map(|x| format!("<td class=\"n\">{}</td>", number(x))).concat()
 }
 
-const METRIC_HEADS: &str = "<th class=\"n\">cases</th><th class=\"n\">worst row L2</th><th class=\"n\">max / row RMS</th>\
+const METRIC_HEADS: &str =
+    "<th class=\"n\">cases</th><th class=\"n\">worst row L2</th><th class=\"n\">max / row RMS</th>\
                             <th class=\"n\">× bound</th><th class=\"n\">NMSE</th><th>verdict</th>";
 
 fn failures(page: &mut String, rows: &[Row]) {
@@ -290,7 +297,8 @@ fn overview(page: &mut String, rows: &[Row]) {
             worst.map_or(String::new(), cell),
         );
     }
-    *page += "</table></div>\n<p class=\"note\">The worst over all passed cases; “–”: bitwise checks alone, or no error at \
+    *page +=
+        "</table></div>\n<p class=\"note\">The worst over all passed cases; “–”: bitwise checks alone, or no error at \
               all. “× bound”: largest error as a multiple of its derived bound, at most 1 in a pass.</p>\n";
 }
 
@@ -306,29 +314,28 @@ fn kills(page: &mut String, mutants: &[Mutant]) {
             Some(check) => format!("<td class=\"text\">{}</td>", escape(check)),
             None => "<td class=\"failed-cell\">SURVIVED</td>".into(),
         };
-        *page += &format!("<tr><td class=\"n\">{}</td><td class=\"text\">{}</td>{by}</tr>\n", m.number, escape(&m.name));
+        *page +=
+            &format!("<tr><td class=\"n\">{}</td><td class=\"text\">{}</td>{by}</tr>\n", m.number, escape(&m.name));
     }
     *page += "</table></div>\n";
 }
 
-fn operator(page: &mut String, rows: &[Row]) {
+fn operator(page: &mut String, rows: &[Row], axes: &Axes) {
     let op = escape(rows[0].op);
-    *page += &format!("<h2 id=\"{op}\">{op}</h2>\n");
-    match plot(rows) {
+    *page += &format!("<h3 id=\"{op}\">{op}</h3>\n");
+    match plot(rows, axes) {
         Some(svg) => {
-            *page += &format!(
-                "<figure role=\"img\" aria-label=\"Error distributions of {op}\">{svg}<figcaption>Measured cases that passed, by \
-                 error: quarters of a decade, bars relative to each variant's fullest.</figcaption></figure>\n"
-            )
+            *page += &format!("<figure role=\"img\" aria-label=\"Error distributions of {op}\">{svg}</figure>\n")
         }
-        None => *page += "<p class=\"note\">No errors to plot: every measured case was exact, or none was.</p>\n",
+        None => {
+            *page += "<p class=\"note\">Nothing to plot: every measured case was exact, or nothing was measured.</p>\n"
+        }
     }
     let open = if rows.iter().any(|r| matches!(r.verdict, Verdict::Failed { .. })) { " open" } else { "" };
     *page += &format!(
-        "<details{open}><summary>{} checks on {} variants</summary><div class=\"scroll\"><table><tr><th>variant</th><th>check\
+        "<details{open}><summary>every check ({})</summary><div class=\"scroll\"><table><tr><th>variant</th><th>check\
          </th>{METRIC_HEADS}</tr>\n",
-        rows.len(),
-        groups(rows).count()
+        rows.len()
     );
     for r in rows {
         *page += &format!(
@@ -356,20 +363,42 @@ const BAND: u32 = 40;
 const AXIS: u32 = 44;
 const TITLE: u32 = 26;
 
+/// The ranges of both panels, in log10: the same for all operators, so that they compare at a glance.
+struct Axes {
+    row_l2: (f64, f64),
+    bound: (f64, f64),
+}
+
+impl Axes {
+    fn of(rows: &[Row]) -> Axes {
+        let ends = |pick: fn(&Distribution) -> &Histogram, lowest: f64, low: f64, high: f64| {
+            let bins = rows.iter().flat_map(|r| pick(&r.distribution).bins.keys()).map(|&b| log10(b));
+            let (low, high) = bins.fold((low, high), |(a, b), x| (x.min(a), (x + 1.0 / PER_DECADE).max(b)));
+            (low.floor().max(lowest), high)
+        };
+        Axes { row_l2: ends(|d| &d.row_l2, -12.0, -8.0, -4.0), bound: ends(|d| &d.bound_multiple, -6.0, -3.0, 0.25) }
+    }
+}
+
+const PER_DECADE: f64 = Histogram::BINS as f64;
+
+fn log10(bin: i32) -> f64 {
+    f64::from(bin) / PER_DECADE
+}
+
 /// One band a variant, two panels: worst row L2 and multiple of the bound. `None` where nothing was measured.
-fn plot(rows: &[Row]) -> Option<String> {
+fn plot(rows: &[Row], axes: &Axes) -> Option<String> {
     let groups: Vec<Group> = groups(rows).filter(|g| g.distribution.bound_multiple.count() > 0).collect();
     if groups.iter().all(|g| g.distribution.bound_multiple.bins.is_empty() && g.distribution.row_l2.bins.is_empty()) {
         return None;
     }
     let height = TITLE + BAND * groups.len() as u32 + AXIS;
     let mut svg = String::new();
-    // Drawing into a string fails only where a text style is unknown.
-    draw(&mut svg, &groups, height).expect("plotters draws into a string");
+    draw(&mut svg, &groups, axes, height).expect("plotters draws into a string");
     Some(svg)
 }
 
-fn draw(svg: &mut String, groups: &[Group], height: u32) -> Result<(), Box<dyn std::error::Error>> {
+fn draw(svg: &mut String, groups: &[Group], axes: &Axes, height: u32) -> Result<(), Box<dyn std::error::Error>> {
     let ink = RGBColor(27, 31, 36);
     let grey = RGBColor(87, 96, 106);
     let root = SVGBackend::with_string(svg, (WIDTH, height)).into_drawing_area();
@@ -391,8 +420,8 @@ fn draw(svg: &mut String, groups: &[Group], height: u32) -> Result<(), Box<dyn s
     let (left, right) = panels.split_horizontally((WIDTH - LABELS) / 2);
     let l2: Vec<&Histogram> = groups.iter().map(|g| &g.distribution.row_l2).collect();
     let bound: Vec<&Histogram> = groups.iter().map(|g| &g.distribution.bound_multiple).collect();
-    panel(&left, "log10 of the worst row's relative L2 error", &l2, None, RGBColor(31, 111, 178))?;
-    panel(&right, "log10 of the largest multiple of the bound", &bound, Some("bound"), RGBColor(176, 96, 16))?;
+    panel(&left, "log10 of the worst row's relative L2 error", &l2, axes.row_l2, false, RGBColor(31, 111, 178))?;
+    panel(&right, "log10 of the largest multiple of the bound", &bound, axes.bound, true, RGBColor(176, 96, 16))?;
     root.present()?;
     Ok(())
 }
@@ -403,19 +432,11 @@ fn panel(
     area: &Area,
     title: &str,
     histograms: &[&Histogram],
-    limit: Option<&str>,
+    (low, high): (f64, f64),
+    at_bound: bool,
     color: RGBColor,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let ink = RGBColor(27, 31, 36);
-    let per_decade = f64::from(Histogram::BINS);
-    let bins = || histograms.iter().flat_map(|h| h.bins.keys().map(|&b| f64::from(b) / per_decade));
-    let low = bins().fold(f64::INFINITY, f64::min).min(if limit.is_some() { -1.0 } else { 0.0 });
-    let high = bins().fold(f64::NEG_INFINITY, f64::max);
-    let (low, high) = match (low.is_finite() && high.is_finite(), limit) {
-        (false, _) => (-8.0, 0.0),
-        (true, Some(_)) => (low.floor(), high.max(0.0) + 0.5),
-        (true, None) => (low.floor(), (high + 1.0 / per_decade).ceil()),
-    };
     let (title_area, area) = area.split_vertically(TITLE);
     let middle = Pos::new(HPos::Center, VPos::Center);
     let width = area.dim_in_pixel().0 as i32;
@@ -438,18 +459,19 @@ fn panel(
         .draw()?;
     for (i, h) in histograms.iter().enumerate() {
         let base = i as f64 + 0.92;
-        let full = h.bins.values().copied().max().unwrap_or(1) as f64;
-        chart.draw_series(h.bins.iter().map(|(bin, n)| {
-            let (x, tall) = (f64::from(*bin) / per_decade, 0.8 * *n as f64 / full);
-            Rectangle::new([(x, base - tall), (x + 0.92 / per_decade, base)], color.filled())
+        let first = (low * PER_DECADE) as i32;
+        let mut bins = BTreeMap::<i32, usize>::new();
+        h.bins.iter().for_each(|(bin, n)| *bins.entry((*bin).max(first)).or_default() += n);
+        let full = bins.values().copied().max().unwrap_or(1) as f64;
+        chart.draw_series(bins.iter().map(|(bin, n)| {
+            let (x, tall) = (log10(*bin), 0.8 * *n as f64 / full);
+            Rectangle::new([(x, base - tall), (x + 0.92 / PER_DECADE, base)], color.filled())
         }))?;
         chart.draw_series([PathElement::new([(low, base), (high, base)], RGBColor(190, 196, 202))])?;
     }
-    if let Some(name) = limit {
+    if at_bound {
         let red = RGBColor(179, 38, 30);
         chart.draw_series([PathElement::new([(0.0, 0.0), (0.0, histograms.len() as f64)], red.stroke_width(2))])?;
-        let style = ("sans-serif", 12).into_font().color(&red).pos(Pos::new(HPos::Right, VPos::Top));
-        chart.draw_series([Text::new(name.to_string(), (-0.06, 0.05), style)])?;
     }
     Ok(())
 }

@@ -198,7 +198,8 @@ pub fn measure(
         let mut timed = Timed::new(t, shape[0], shape[1], shape[2]);
         let (flops, bytes) = (timed.flops(), timed.bytes());
         let mut errors = Vec::new();
-        let again = format!("qwen3next bench op gated_delta --tokens {t} --heads {}/{} --dim {}", shape[0], shape[1], shape[2]);
+        let again =
+            format!("qwen3next bench op gated_delta --tokens {t} --heads {}/{} --dim {}", shape[0], shape[1], shape[2]);
         for v in variants {
             super::plugin::announce(v.name(), v.isa(), &format!("while it was verified for {again}"));
             let metrics =

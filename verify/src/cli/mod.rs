@@ -29,7 +29,11 @@ pub fn progress(len: u64, template: &str) -> ProgressBar {
 pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let fail = || format!("{}: cannot write", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(fail)?;
+    let mut builder = tempfile::Builder::new();
+    // As any new file, under the umask; a temporary file is its owner's alone.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).with_context(fail)?;
     file.write_all(bytes).with_context(fail)?;
     file.persist(path).with_context(fail)?;
     Ok(())

@@ -99,7 +99,15 @@ impl End {
             End::Exited(status) => {
                 #[cfg(unix)]
                 if let Some(signal) = std::os::unix::process::ExitStatusExt::signal(status) {
-                    let names = [(4, "SIGILL"), (5, "SIGTRAP"), (6, "SIGABRT"), (7, "SIGBUS"), (8, "SIGFPE"), (9, "SIGKILL"), (11, "SIGSEGV")];
+                    let names = [
+                        (4, "SIGILL"),
+                        (5, "SIGTRAP"),
+                        (6, "SIGABRT"),
+                        (7, "SIGBUS"),
+                        (8, "SIGFPE"),
+                        (9, "SIGKILL"),
+                        (11, "SIGSEGV"),
+                    ];
                     let name = names.iter().find(|(n, _)| *n == signal).map_or("", |(_, name)| name);
                     return format!("took the process down: {name} (signal {signal})");
                 }
@@ -157,7 +165,8 @@ pub fn verify(entry: &Entry, options: &Options, plugins: &[Plugin], limit: Durat
     for plugin in plugins {
         for check in &chosen {
             bar.set_message(format!("{plugin} {check}"));
-            let (end, lines) = child(&arguments(entry.op, options, plugin, check), Stdio::from(std::io::stderr()), Some(limit))?;
+            let (end, lines) =
+                child(&arguments(entry.op, options, plugin, check), Stdio::from(std::io::stderr()), Some(limit))?;
             let at = lines.iter().rev().find_map(|line| match line {
                 Line::At { variant, isa, command } => Some((variant, isa, command)),
                 _ => None,
@@ -226,7 +235,9 @@ pub fn again() -> anyhow::Result<crate::Done> {
         // It said why.
         End::Exited(status) if status.code() == Some(2) => std::process::exit(2),
         end => match lines.last() {
-            Some(Line::At { variant, command, .. }) => Err(super::Wrong(format!("{variant} {} {command}", end.describe())).into()),
+            Some(Line::At { variant, command, .. }) => {
+                Err(super::Wrong(format!("{variant} {} {command}", end.describe())).into())
+            }
             _ => Err(super::Wrong(format!("a plug-in {}", end.describe())).into()),
         },
     }
