@@ -205,7 +205,7 @@ td.text { white-space: normal; overflow-wrap: anywhere; }
 .failure p { margin: .3rem 0; overflow-wrap: anywhere; }
 code { font: .85rem/1.5 ui-monospace, monospace; }
 pre { margin: .3rem 0; padding: .5rem .7rem; background: #f3f4f6; white-space: pre-wrap; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } figcaption, .note { color: #57606a; font-size: .85rem; } svg { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; } figcaption, .note { color: #57606a; font-size: .85rem; } svg { display: block; width: 100%; height: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 @media print { body { max-width: none; } details > * { display: block; } }
 </style></head><body>
@@ -360,7 +360,7 @@ fn operator(page: &mut String, rows: &[Row], axes: &Axes) {
 const WIDTH: u32 = 1000;
 const LABELS: u32 = 210;
 const BAND: u32 = 40;
-const AXIS: u32 = 44;
+const AXIS: u32 = 24;
 const TITLE: u32 = 26;
 
 /// The ranges of both panels, in log10: the same for all operators, so that they compare at a glance.
@@ -410,7 +410,7 @@ fn draw(svg: &mut String, groups: &[Group], axes: &Axes, height: u32) -> Result<
         let name = ("sans-serif", 14).into_font().color(&ink).pos(right);
         labels.draw(&Text::new(group.rows[0].variant, (LABELS as i32 - 10, y - 8), name))?;
         let h = &group.distribution.bound_multiple;
-        let mut note = format!("{} cases", h.count());
+        let mut note = format!("{} case{}", h.count(), if h.count() == 1 { "" } else { "s" });
         if h.zero > 0 {
             write!(note, ", {} exact", h.zero)?;
         }
