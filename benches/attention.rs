@@ -1,6 +1,8 @@
 //! Attention with 16 query heads over 2 KV heads of 256 channels, as the 80B model has them: prefill of 128 tokens and
 //! decode, on inputs that just passed against the judge.
 
+#![allow(missing_docs)] // criterion_group makes a public function
+
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 use half::f16;
 use qwen3next_kernels::attention::{self, Kv};

@@ -1,6 +1,9 @@
 //! Time of every variant at T = 1, 64 and 512 with Qwen3-Next's heads (HK 16, HV 32, d 128), on one thread. Every variant
 //! is verified first.
 
+// criterion_group makes a public function.
+#![allow(missing_docs)]
+
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 use qwen3next_kernels::gated_delta::Op;
 use qwen3next_kernels::{Exec, Operator};

@@ -33,8 +33,10 @@ static inline int64_t q3n_extent(const q3n_axis *axis, int n) {
 }
 
 /* 1 where no two indices of the view share an element: each axis steps over the whole extent of those with smaller
-   strides. (Views that interleave in more intricate ways are refused.) */
+   strides. (Views that interleave in more intricate ways are refused.) An empty view has no two indices. */
 static inline int q3n_disjoint(const q3n_axis *axis, int n) {
+  for (int i = 0; i < n; i++)
+    if (axis[i].size == 0) return 1;
   int64_t extent = 1, below = 0;
   for (int done = 0; done < n;) {
     /* the smallest stride not yet visited; equal strides fail through `extent` */

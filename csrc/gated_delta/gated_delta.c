@@ -81,15 +81,15 @@ q3n_status q3n_gated_delta_check(const q3n_gated_delta_args *a) {
   const int64_t ng = a->gate == Q3N_GATE_NONE ? 0 : q3n_extent(g, 4), nbeta = q3n_extent(beta, 3);
   const int64_t npool = a->state_in || a->state_out ? q3n_extent(pool, 4) : 0;
   const int64_t nsnap = a->snapshots ? q3n_extent(snap, 5) : 0;
-  Q3N_REFUSE(no < 0 || (no > 0 && !q3n_disjoint(o, 4)), STRIDE, O);
+  Q3N_REFUSE(no < 0 || !q3n_disjoint(o, 4), STRIDE, O);
   Q3N_REFUSE(nq < 0, STRIDE, Q);
   Q3N_REFUSE(nk < 0, STRIDE, KEY);
   Q3N_REFUSE(nv < 0, STRIDE, VAL);
   Q3N_REFUSE(ng < 0, STRIDE, G);
   Q3N_REFUSE(nbeta < 0, STRIDE, BETA);
   Q3N_REFUSE(npool < 0 && !a->state_out, STRIDE, STATE_IN);
-  Q3N_REFUSE(npool < 0 || (a->state_out && npool > 0 && !q3n_disjoint(pool, 4)), STRIDE, STATE_OUT);
-  Q3N_REFUSE(nsnap < 0 || (nsnap > 0 && !q3n_disjoint(snap, 5)), STRIDE, SNAPSHOTS);
+  Q3N_REFUSE(npool < 0 || (a->state_out && !q3n_disjoint(pool, 4)), STRIDE, STATE_OUT);
+  Q3N_REFUSE(nsnap < 0 || (a->snapshots && !q3n_disjoint(snap, 5)), STRIDE, SNAPSHOTS);
 
   Q3N_REFUSE(no > 0 && !a->o, NULL, O);
   Q3N_REFUSE(nq > 0 && no > 0 && !a->q, NULL, Q);

@@ -17,7 +17,7 @@ q3n_status q3n_matmul_check(const q3n_matmul_args *a) {
   const q3n_axis x[] = {{a->M, a->x_m}, {a->K, 1}};
   const q3n_axis w[] = {{a->N, a->w_n}, {a->K, 1}};
   int64_t ny = q3n_extent(y, 2), nx = q3n_extent(x, 2), nw = q3n_extent(w, 2);
-  Q3N_REFUSE(ny < 0 || (ny > 0 && !q3n_disjoint(y, 2)), STRIDE, Y);
+  Q3N_REFUSE(ny < 0 || !q3n_disjoint(y, 2), STRIDE, Y);
   Q3N_REFUSE(nx < 0, STRIDE, X);
   Q3N_REFUSE(nw < 0 || (nw > 0 && a->N > 1 && a->w_n % block), STRIDE, W);
   if (ny == 0) return Q3N_OK;

@@ -99,7 +99,7 @@ q3n_status q3n_moe_down_check(const q3n_moe_down_args *a) {
   const q3n_axis down[] = {{a->E, a->down_e}, {a->D, a->down_d}, {a->F, 1}};
   int64_t pairs = a->T * a->top_k, nh = pairs * a->F, ny = q3n_extent(y, 2), ndown = q3n_extent(down, 3);
   Q3N_REFUSE(nh > INT64_MAX / 8, SIZE, HIDDEN);
-  Q3N_REFUSE(ny < 0 || (ny > 0 && !q3n_disjoint(y, 2)), STRIDE, Y);
+  Q3N_REFUSE(ny < 0 || !q3n_disjoint(y, 2), STRIDE, Y);
   Q3N_REFUSE(ndown < 0 || (ndown > 0 && !whole_blocks(a->E, a->down_e, a->D, a->down_d, block)), STRIDE, DOWN);
   if (ny == 0) return Q3N_OK;
 

@@ -14,7 +14,7 @@ q3n_status q3n_dequantize_check(const q3n_dequantize_args *a) {
   const q3n_axis y[] = {{a->rows, a->y_row}, {a->N, 1}};
   const q3n_axis x[] = {{a->rows, a->x_row}, {a->N, 1}};
   int64_t ny = q3n_extent(y, 2), nx = q3n_extent(x, 2);
-  Q3N_REFUSE(ny < 0 || (ny > 0 && !q3n_disjoint(y, 2)), STRIDE, Y);
+  Q3N_REFUSE(ny < 0 || !q3n_disjoint(y, 2), STRIDE, Y);
   Q3N_REFUSE(nx < 0 || (nx > 0 && a->rows > 1 && a->x_row % block), STRIDE, X);
   if (ny == 0) return Q3N_OK;
 
@@ -35,7 +35,7 @@ q3n_status q3n_quantize_check(const q3n_quantize_args *a) {
   const q3n_axis y[] = {{a->rows, a->y_row}, {a->N, 1}};
   const q3n_axis x[] = {{a->rows, a->x_row}, {a->N, 1}};
   int64_t ny = q3n_extent(y, 2), nx = q3n_extent(x, 2);
-  Q3N_REFUSE(ny < 0 || (ny > 0 && (!q3n_disjoint(y, 2) || (a->rows > 1 && a->y_row % block))), STRIDE, Y);
+  Q3N_REFUSE(ny < 0 || !q3n_disjoint(y, 2) || (a->rows > 1 && a->y_row % block), STRIDE, Y);
   Q3N_REFUSE(nx < 0, STRIDE, X);
   if (ny == 0) return Q3N_OK;
 

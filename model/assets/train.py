@@ -4,7 +4,7 @@
     apt install bible-kjv                      # the text, public domain (pulls in bible-kjv-text)
     pip install torch transformers tokenizers safetensors numpy gguf
     python3 train.py data  work/               # text, held-out text, tokenizer, token arrays
-    python3 train.py train work/ --minutes 65  # writes work/ckpt.pt every few minutes, and work/hf at the end
+    python3 train.py train work/ --minutes 52  # work/ckpt.pt every few minutes, work/hf at the end
     python3 train.py gguf  work/               # writes work/qwen3next-kjv-q8_0.gguf from work/hf
 
 The schedule runs by the clock, so weights differ from run to run and machine to machine; everything else is seeded.

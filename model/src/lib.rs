@@ -32,6 +32,7 @@ pub mod safetensors;
 pub mod state;
 pub mod synth;
 pub mod tokenizer;
+mod ubatch;
 pub mod weights;
 
 pub use config::Config;

@@ -5,7 +5,7 @@
 """
 import json, os, shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import numpy as np, torch
+import numpy as np, torch, transformers
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from hf_to_gguf import write_gguf
@@ -148,8 +148,8 @@ def main():
             if s == 0:
                 for i, x in enumerate(layers): out[f"layer_out.{i}"] = x[0].contiguous()
         assert all(torch.isfinite(v).all() for v in out.values())
-        save_file(out, f"{folder}/golden.safetensors", metadata=dict(
-            note=note, transformers=__import__("transformers").__version__, torch=torch.__version__.split("+")[0]))
+        versions = dict(transformers=transformers.__version__, torch=torch.__version__.split("+")[0])
+        save_file(out, f"{folder}/golden.safetensors", metadata=dict(about=json.dumps(dict(note=note) | versions)))   # one entry: their order is random
         interval_only = name == "plain"
         write_gguf(f"{folder}/model.gguf", folder, name, interval_only=interval_only)
         if "legacy" in variants: write_gguf(f"{folder}/model-legacy.gguf", folder, name, layout="legacy", interval_only=interval_only)

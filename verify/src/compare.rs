@@ -201,7 +201,7 @@ mod tests {
         let want: Vec<f64> = (0..100).map(|i| if i < 10 { 1e-3 } else { 1e3 }).collect();
         let mut got: Vec<f32> = want.iter().map(|&w| w as f32).collect();
         got[3] *= 1.5;
-        let m = compare("y", &got, &want, &[1.0; 100], 10).unwrap();
+        let m = compare("y", &got, &want, &[6e-4; 100], 10).unwrap();
         assert!(m.row_l2 > 0.1 && m.nmse < 1e-10, "{m:?}");
     }
 }

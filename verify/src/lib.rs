@@ -3,11 +3,13 @@
 //!
 //! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
 //! and guarded arrays, [`suite`] runs it all and prints reproducers, [`timing`] measures variants side by side,
-//! [`plugin`] loads variants from shared libraries, [`report`] writes JSON and HTML.
+//! [`drift`] follows the delta rule's error over long sequences, [`plugin`] loads variants from shared libraries,
+//! [`report`] writes JSON and HTML.
 
 pub mod buffer;
 pub mod cases;
 pub mod compare;
+pub mod drift;
 pub mod plugin;
 pub mod reference;
 pub mod report;

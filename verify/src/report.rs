@@ -77,8 +77,8 @@ fn iso_date(seconds: u64) -> String {
 /// A deliberately wrong kernel, and the check that noticed it.
 #[derive(Debug, Clone)]
 pub struct Mutant {
-    /// Its number in the list.
-    pub number: usize,
+    /// Its number in the catalogue, with a letter where a bug has more than one form.
+    pub id: String,
     /// What is wrong with it.
     pub name: String,
     /// Check (with operator) that failed on it; `None`: it survived.
@@ -314,8 +314,11 @@ fn kills(page: &mut String, mutants: &[Mutant]) {
             Some(check) => format!("<td class=\"text\">{}</td>", escape(check)),
             None => "<td class=\"failed-cell\">SURVIVED</td>".into(),
         };
-        *page +=
-            &format!("<tr><td class=\"n\">{}</td><td class=\"text\">{}</td>{by}</tr>\n", m.number, escape(&m.name));
+        *page += &format!(
+            "<tr><td class=\"n\">{}</td><td class=\"text\">{}</td>{by}</tr>\n",
+            escape(&m.id),
+            escape(&m.name)
+        );
     }
     *page += "</table></div>\n";
 }
@@ -501,8 +504,8 @@ mod tests {
             verdict: Verdict::Failed { failure: "x & y".into(), reproduce: "qwen3next verify --op norm".into() },
         };
         let mutants = [
-            Mutant { number: 1, name: "eps inside".into(), killed_by: Some("norm reference".into()) },
-            Mutant { number: 2, name: "no eps".into(), killed_by: None },
+            Mutant { id: "1".into(), name: "eps inside".into(), killed_by: Some("norm reference".into()) },
+            Mutant { id: "2b".into(), name: "no eps".into(), killed_by: None },
         ];
         let page = html(&Machine::here(), &Options::default(), &[row], Some(&mutants));
         for text in ["a&lt;b", "x &amp; y", "1 of 2 deliberately", "SURVIVED", "<b>1</b> failed"] {

@@ -52,7 +52,7 @@ fn a_right_kernel_passes_every_check() {
     let library = example(folder.path(), "gated_delta");
     let (code, report, errors) = judge("gated_delta", &format!("{}:my_gated_delta", library.display()), &[]);
     assert_eq!(code, 0, "{report}{errors}");
-    assert!(report.contains("my_gated_delta") && report.contains("17 checks passed, 0 failed"), "{report}");
+    assert!(report.contains("my_gated_delta") && report.contains(" checks passed, 0 failed, 0 skipped"), "{report}");
     assert!(!report.contains("recurrent_scalar"), "built-in variants are not asked about: {report}");
 }
 
@@ -84,7 +84,8 @@ fn a_wrong_kernel_fails_by_name_and_its_reproducer_repeats_it() {
 
     let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&files[0]).unwrap()).unwrap();
     let failed = json["totals"]["failed"].as_u64().unwrap();
-    assert!(failed >= 4 && json["totals"]["passed"].as_u64().unwrap() + failed == 17, "{}", json["totals"]);
+    let passed = json["totals"]["passed"].as_u64().unwrap();
+    assert!(failed >= 4 && passed > 4 && json["totals"]["checks"] == passed + failed, "{}", json["totals"]);
     let rows = json["results"].as_array().unwrap();
     let reference = rows.iter().find(|r| r["check"] == "reference").unwrap();
     assert_eq!((&reference["op"], &reference["variant"]), (&"gated_delta".into(), &"late_decay".into()));
@@ -167,7 +168,7 @@ fn a_plain_function_is_one_item() {
     let library = compile(folder.path(), "solve", text);
     let (code, report, errors) = judge("solve_tri", &format!("{}:all", library.display()), &[]);
     assert_eq!(code, 0, "{report}{errors}");
-    assert!(report.contains("7 checks passed, 0 failed"), "{report}");
+    assert!(report.contains(" checks passed, 0 failed, 0 skipped"), "{report}");
 }
 
 #[test]
