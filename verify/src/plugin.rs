@@ -3,8 +3,8 @@
 //! `LIBRARY:SYMBOL` names either
 //! - data: a `q3n_<op>_variant`, complete as `csrc/base/operator.h` declares it; or
 //! - a function of the type of its `run`. It is then a variant of the symbol's name for any CPU. `<symbol>_items` and
-//!   `<symbol>_scratch_bytes`, where the library has them, are its `items` and `scratch_bytes`; without the first, a call
-//!   is one item (`begin, end` = 0, 1: the function computes everything); without the second, it gets no scratch.
+//!   `<symbol>_scratch_bytes`, where the library has them, are its `items` and `scratch_bytes`; without the first, a
+//!   call is one item (`begin, end` = 0, 1: the function computes everything); without the second, it gets no scratch.
 
 use libloading::Library;
 use object::{Object, ObjectSymbol, SymbolKind};
@@ -117,8 +117,8 @@ impl Plugin {
     /// Loads the library, for good, and makes a variant of the symbol. `Err`: one line that says what is wrong.
     ///
     /// # Safety
-    /// Loading runs the library's initialisers, and a symbol has no type: it must be what the module's documentation says,
-    /// for this operator and this version of the headers, and keep the contract of [`Variant::foreign`].
+    /// Loading runs the library's initialisers, and a symbol has no type: it must be what the module's documentation
+    /// says, for this operator and this version of the headers, and keep the contract of [`Variant::foreign`].
     pub unsafe fn load<O: Operator>(&self) -> Result<Variant<O>, String> {
         let kind = self.kind()?;
         let fail = |why: String| format!("--plugin {self}: {why}");

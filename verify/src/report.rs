@@ -132,12 +132,15 @@ pub fn json(machine: &Machine, options: &Options, rows: &[Row]) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "date": machine.date,
         "machine": {
-            "cpu": machine.cpu, "arch": machine.arch, "os": machine.os, "isas": machine.isas, "threads": machine.threads,
+            "cpu": machine.cpu, "arch": machine.arch, "os": machine.os, "isas": machine.isas,
+            "threads": machine.threads,
         },
         "seed": options.seed,
         "random_cases": options.random,
         "grid_stride": options.stride,
-        "totals": { "checks": rows.len(), "passed": passed, "failed": failed, "skipped": skipped, "cases": cases(rows) },
+        "totals": {
+            "checks": rows.len(), "passed": passed, "failed": failed, "skipped": skipped, "cases": cases(rows),
+        },
         "results": results,
     })
 }
@@ -173,9 +176,10 @@ pub fn html(machine: &Machine, options: &Options, rows: &[Row], mutants: Option<
     if let Some(mutants) = mutants {
         kills(&mut page, mutants);
     }
-    page += "<h2>Errors by case</h2>\n<p class=\"note\">Every measured case that passed, by the size of its error: a bar is a \
-             quarter of a decade, its height relative to the fullest bar of its variant. “Exact”: no error at all, not drawn. \
-             Beyond the left end counts at the left end. The red line is the bound: right of it a case fails.</p>\n";
+    page += "<h2>Errors by case</h2>\n<p class=\"note\">Every measured case that passed, by the size of its error: a \
+             bar is a quarter of a decade, its height relative to the fullest bar of its variant. “Exact”: no error at \
+             all, not drawn. Beyond the left end counts at the left end. The red line is the bound: right of it a case \
+             fails.</p>\n";
     let axes = Axes::of(rows);
     for op in rows.chunk_by(|a, b| a.op == b.op) {
         operator(&mut page, op, &axes);
@@ -188,7 +192,8 @@ const HEAD: &str = r#"<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>qwen3next verify</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 68rem; }
+body { margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 1rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; } h3 { font-size: 1rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .5rem 1.5rem; margin: 0; }
 .facts dt { color: #57606a; font-size: .8rem; } .facts dd { margin: 0; overflow-wrap: anywhere; }
@@ -205,7 +210,8 @@ td.text { white-space: normal; overflow-wrap: anywhere; }
 .failure p { margin: .3rem 0; overflow-wrap: anywhere; }
 code { font: .85rem/1.5 ui-monospace, monospace; }
 pre { margin: .3rem 0; padding: .5rem .7rem; background: #f3f4f6; white-space: pre-wrap; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } figcaption, .note { color: #57606a; font-size: .85rem; } svg { display: block; width: 100%; height: auto; }
+figure { margin: 1rem 0; } figcaption, .note { color: #57606a; font-size: .85rem; }
+svg { display: block; width: 100%; height: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 @media print { body { max-width: none; } details > * { display: block; } }
 </style></head><body>
@@ -286,8 +292,8 @@ fn overview(page: &mut String, rows: &[Row]) {
             Verdict::Failed { .. } => 2,
         });
         *page += &format!(
-            "<tr><td><a href=\"#{0}\">{0}</a></td><td>{1}</td><td>{2}</td><td class=\"n\">{3}</td><td class=\"n\">{4}</td>{5}{6}\
-             </tr>\n",
+            "<tr><td><a href=\"#{0}\">{0}</a></td><td>{1}</td><td>{2}</td><td class=\"n\">{3}</td>\
+             <td class=\"n\">{4}</td>{5}{6}</tr>\n",
             escape(first.op),
             escape(first.variant),
             escape(first.isa),
@@ -305,8 +311,8 @@ fn overview(page: &mut String, rows: &[Row]) {
 fn kills(page: &mut String, mutants: &[Mutant]) {
     let killed = mutants.iter().filter(|m| m.killed_by.is_some()).count();
     *page += &format!(
-        "<h2>Mutants</h2>\n<p>{killed} of {} deliberately wrong kernels were noticed.</p>\n<div class=\"scroll\"><table>\
-         <tr><th class=\"n\">#</th><th>wrong kernel</th><th>noticed by</th></tr>\n",
+        "<h2>Mutants</h2>\n<p>{killed} of {} deliberately wrong kernels were noticed.</p>\n<div class=\"scroll\">\
+         <table><tr><th class=\"n\">#</th><th>wrong kernel</th><th>noticed by</th></tr>\n",
         mutants.len()
     );
     for m in mutants {

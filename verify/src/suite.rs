@@ -277,7 +277,10 @@ pub fn run<S: Suite>(options: &Options) -> Result<Vec<Row>, String> {
 ///                 for j in 0..i {
 ///                     sum -= f64::from(*l.offset(j as isize)) * f64::from(*x(j));
 ///                 }
-///                 *x(i) = if a.unit_diagonal != 0 { sum as f32 } else { (sum / f64::from(*l.offset(i as isize))) as f32 };
+///                 if a.unit_diagonal == 0 {
+///                     sum /= f64::from(*l.offset(i as isize));
+///                 }
+///                 *x(i) = sum as f32;
 ///             }
 ///         }
 ///     }

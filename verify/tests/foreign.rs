@@ -1,4 +1,5 @@
-//! A kernel of another crate, judged by the suite of its operator: a right one passes, a wrong one fails with what repeats it.
+//! A kernel of another crate, judged by the suite of its operator: a right one passes, a wrong one fails with what
+//! repeats it.
 
 use qwen3next_kernels::{ffi::q3n_solve_tri_args as Args, solve_tri, Isa, Variant};
 use qwen3next_verify::cases::solve_tri::SolveTri;

@@ -177,14 +177,16 @@ fn bad_input_is_one_line() {
     let right = example(folder.path(), "gated_delta").display().to_string();
     let table = |name: &str, isa: &str| {
         format!(
-            "const q3n_gated_delta_variant {name} = {{\"{name}\", {isa}, spoilt_items, spoilt_scratch_bytes, spoilt}};\n"
+            "const q3n_gated_delta_variant {name} =\n\
+             {{\"{name}\", {isa}, spoilt_items, spoilt_scratch_bytes, spoilt}};\n"
         )
     };
     let text = spoilt("")
         + &table("recurrent_scalar", "Q3N_ISA_SCALAR")
         + &table("unknown", "99")
         + &table("elsewhere", if cfg!(target_arch = "aarch64") { "Q3N_ISA_AVX2" } else { "Q3N_ISA_NEON" })
-        + "const q3n_gated_delta_variant empty = {\"empty\", Q3N_ISA_SCALAR, spoilt_items, spoilt_scratch_bytes, NULL};\n\
+        + "const q3n_gated_delta_variant empty =\n\
+           {\"empty\", Q3N_ISA_SCALAR, spoilt_items, spoilt_scratch_bytes, NULL};\n\
            int number = 7;\n";
     let odd = compile(folder.path(), "odd", &text).display().to_string();
     let source = folder.path().join("odd.c").display().to_string();

@@ -1,7 +1,8 @@
-//! Kernels from shared libraries run in a child process, so that one that crashes or hangs becomes a line of the report.
+//! Kernels from shared libraries run in a child process, so that one that crashes or hangs becomes a line of the
+//! report.
 //!
-//! The child is this command with `--child FILE`. Into the file it writes a JSON line before every case, and one with the
-//! outcome at the end; the last line tells how far a dead child came.
+//! The child is this command with `--child FILE`. Into the file it writes a JSON line before every case, and one with
+//! the outcome at the end; the last line tells how far a dead child came.
 
 use anyhow::{bail, Context};
 use qwen3next_kernels::Isa;
@@ -103,7 +104,7 @@ impl End {
                         (4, "SIGILL"),
                         (5, "SIGTRAP"),
                         (6, "SIGABRT"),
-                        (7, "SIGBUS"),
+                        (if cfg!(target_os = "linux") { 7 } else { 10 }, "SIGBUS"),
                         (8, "SIGFPE"),
                         (9, "SIGKILL"),
                         (11, "SIGSEGV"),
