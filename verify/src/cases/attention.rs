@@ -475,7 +475,8 @@ impl Problem {
                 judged.lse_bound.push(if row.lse.is_infinite() {
                     0.0
                 } else {
-                    error + 4.0 * U32 * (row.lse.abs() + 12.0)
+                    // max + log(sum): the logarithm of a sum of at most n + 1 exponentials, and the last addition.
+                    error + 4.0 * U32 * (row.lse.abs() + 1.0 + (range.len() as f64 + 1.0).ln())
                 });
             }
         }
@@ -1038,10 +1039,13 @@ impl Merged {
                 let sigmoid = 1.0 / (1.0 + (-gate).exp());
                 let sum: f64 = (0..parts).map(|p| row.weights[p] * v[[p, i]].abs()).sum();
                 judged.o.push(row.o[i] * sigmoid);
-                judged.o_bound.push((2.0 * g * sum + gamma(8) * row.o[i].abs()) * sigmoid + 100.0 * TINY32);
+                // Weights below 2⁻¹²⁶ vanish.
+                let vanished = (0..parts).map(|p| v[[p, i]].abs() + 1.0).sum::<f64>() * TINY32;
+                judged.o_bound.push((2.0 * g * sum + gamma(8) * row.o[i].abs()) * sigmoid + vanished + TINY32);
             }
             judged.lse.push(row.lse);
-            judged.lse_bound.push(if row.lse.is_infinite() { 0.0 } else { g + 4.0 * U32 * (row.lse.abs() + 12.0) });
+            let last = 4.0 * U32 * (row.lse.abs() + 1.0 + (parts as f64 + 1.0).ln());
+            judged.lse_bound.push(if row.lse.is_infinite() { 0.0 } else { g + last });
         }
         judged
     }

@@ -1208,7 +1208,7 @@ fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
 
     // Multiples of 2⁻¹⁴ below 16, and one decay for the four channels that mix.
     let coarse = |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 16384.0).round() / 16384.0);
-    [&mut inputs.q, &mut inputs.k, &mut inputs.state].map(coarse);
+    [&mut inputs.q, &mut inputs.k, &mut inputs.state].into_iter().for_each(coarse);
     if case.gate == GateKind::Channel {
         for row in inputs.g.chunks_mut(case.k) {
             row.chunks_exact_mut(4).for_each(|g| g.fill(g[0]));
@@ -1274,6 +1274,40 @@ fn slot_ids(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
         let apart = call(&exec(variant), &case, &inputs)?;
         inputs.slot_in = vec![inputs.slot_in[0]; case.b];
         all_bitwise("one slot to start from", &call(&exec(variant), &case, &inputs)?, &apart)?;
+    }
+    passed()
+}
+
+/// A sequence alone gives the bits it gives in a batch or among packed sequences.
+fn alone(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.b < 2 && case.rows == Rows::Dense || case.work() > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let inputs = Inputs::generate(case, seed);
+    let all = call(&exec(variant), case, &inputs)?;
+    for b in 0..case.b {
+        let (from, n) = (case.start(b), case.len(b));
+        let cut = |x: &[f32], width: usize| x[from * width..(from + n) * width].to_vec();
+        let one = Case { b: 1, t: n, rows: Rows::Dense, slots: false, ..case.clone() };
+        let state = b * case.state_len()..(b + 1) * case.state_len();
+        let alone = Inputs {
+            q: cut(&inputs.q, case.hk * case.k),
+            k: cut(&inputs.k, case.hk * case.k),
+            v: cut(&inputs.v, case.hv * case.v),
+            g: cut(&inputs.g, case.hv * case.width()),
+            beta: cut(&inputs.beta, case.hv),
+            state: inputs.state[state.clone()].to_vec(),
+            slot_in: vec![0],
+            slot_out: vec![0],
+            slots: 1,
+            scale: inputs.scale,
+        };
+        let want = Outputs {
+            o: cut(&all.o, case.hv * case.v),
+            state: if case.has_state_out() { all.state[state].to_vec() } else { vec![] },
+            snapshots: if case.snapshots { cut(&all.snapshots, case.state_len()) } else { vec![] },
+        };
+        all_bitwise("a sequence alone", &call(&exec(variant), &one, &alone)?, &want)?;
     }
     passed()
 }
@@ -1425,6 +1459,7 @@ impl Suite for GatedDelta {
         grid.push(base.clone());
         grid.push(Case { t: 65, gate: GateKind::Channel, regime: Regime::Parallel, l2norm: false, ..base.clone() });
         grid.push(Case { t: 4096, k: 32, v: 16, hv: 1, regime: Regime::Parallel, ..base.clone() });
+        grid.push(Case { t: 4096, hk: 2, hv: 6, k: 16, v: 8, ..base.clone() });
         grid.push(Case { t: 5, k: 0, ..base.clone() });
         grid.push(Case { t: 5, v: 0, ..base.clone() });
         grid.push(Case { t: 5, hk: 0, hv: 0, ..base.clone() });
@@ -1474,6 +1509,7 @@ impl Suite for GatedDelta {
             Check { name: "rotation", run: rotation },
             Check { name: "agree", run: agree },
             Check { name: "slot_ids", run: slot_ids },
+            Check { name: "alone", run: alone },
             Check { name: "rollback", run: rollback },
             Check { name: "dense", run: dense },
             Check { name: "drift", run: drift },

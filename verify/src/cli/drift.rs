@@ -98,11 +98,19 @@ fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow
         let (head, body) = root.split_vertically(110);
         let title = format!("gated_delta: error against float64 along the sequence, K = V = {dim}");
         head.draw(&Text::new(title, (20, 12), ("sans-serif", 20)))?;
-        let style = |i: usize| Palette99::pick(i).to_rgba();
+        let style = |i: usize| Palette99::pick([0, 1, 3, 4, 5, 6][i % 6]).to_rgba();
+        // The first variant's curve is wider, so that it shows below another one that agrees with it.
+        let wide = |i: usize| {
+            let covered = runners[i + 1..].iter().any(|r| r.state == runners[i].state && r.step == runners[i].step);
+            if covered {
+                6
+            } else {
+                2
+            }
+        };
         for (i, runner) in runners.iter().enumerate() {
             let (x, y) = (24 + (i % 2) as i32 * 400, 48 + (i / 2) as i32 * 20);
-            head.draw(&PathElement::new([(x, y + 6), (x + 24, y + 6)], style(i).stroke_width(2)))?;
-            head.draw(&Circle::new((x + 12, y + 6), 3, style(i).filled()))?;
+            head.draw(&PathElement::new([(x, y + 6), (x + 24, y + 6)], style(i).stroke_width(wide(i))))?;
             head.draw(&Text::new(runner.name(), (x + 32, y), ("sans-serif", 14)))?;
         }
         for (panel, area) in body.split_evenly((2, 2)).iter().enumerate() {
@@ -126,8 +134,7 @@ fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow
                 .draw()?;
             for (i, curve) in curves.iter().skip(h).step_by(HEADS.len()).enumerate() {
                 let line = curve.points.iter().map(|p| (p.tokens as f64, of(p).max(low)));
-                chart.draw_series(LineSeries::new(line.clone(), style(i).stroke_width(2)))?;
-                chart.draw_series(line.map(|p| Circle::new(p, 3, style(i).filled())))?;
+                chart.draw_series(LineSeries::new(line, style(i).stroke_width(wide(i))))?;
             }
         }
         root.present()?;
