@@ -1,4 +1,5 @@
 //! Matmul of one decode row and of a prefill batch, every dtype and variant; each is verified on its inputs first.
+#![allow(missing_docs)] // criterion_group! makes an undocumented function
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 use qwen3next_kernels::matmul::{self, Op};

@@ -1,5 +1,6 @@
 //! Router and feed-forward of 64 experts of Qwen3-Next's shape, top-10, for one token and a batch; each is verified on its
 //! inputs first.
+#![allow(missing_docs)] // criterion_group! makes an undocumented function
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 use qwen3next_kernels::moe::{self, Execs, Routing};

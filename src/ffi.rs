@@ -191,61 +191,153 @@ pub struct q3n_attention_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_attention_args"][::core::mem::size_of::<q3n_attention_args>() - 336usize];
-    ["Alignment of q3n_attention_args"][::core::mem::align_of::<q3n_attention_args>() - 8usize];
-    ["Offset of field: q3n_attention_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_attention_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_attention_args::o"][::core::mem::offset_of!(q3n_attention_args, o) - 8usize];
-    ["Offset of field: q3n_attention_args::lse"][::core::mem::offset_of!(q3n_attention_args, lse) - 16usize];
-    ["Offset of field: q3n_attention_args::q"][::core::mem::offset_of!(q3n_attention_args, q) - 24usize];
-    ["Offset of field: q3n_attention_args::k"][::core::mem::offset_of!(q3n_attention_args, k) - 32usize];
-    ["Offset of field: q3n_attention_args::v"][::core::mem::offset_of!(q3n_attention_args, v) - 40usize];
-    ["Offset of field: q3n_attention_args::gate"][::core::mem::offset_of!(q3n_attention_args, gate) - 48usize];
-    ["Offset of field: q3n_attention_args::mask"][::core::mem::offset_of!(q3n_attention_args, mask) - 56usize];
-    ["Offset of field: q3n_attention_args::sinks"][::core::mem::offset_of!(q3n_attention_args, sinks) - 64usize];
-    ["Offset of field: q3n_attention_args::slot"][::core::mem::offset_of!(q3n_attention_args, slot) - 72usize];
-    ["Offset of field: q3n_attention_args::kv_len"][::core::mem::offset_of!(q3n_attention_args, kv_len) - 80usize];
-    ["Offset of field: q3n_attention_args::cu_seqlens"]
-        [::core::mem::offset_of!(q3n_attention_args, cu_seqlens) - 88usize];
-    ["Offset of field: q3n_attention_args::kv_dtype"][::core::mem::offset_of!(q3n_attention_args, kv_dtype) - 96usize];
-    ["Offset of field: q3n_attention_args::causal"][::core::mem::offset_of!(q3n_attention_args, causal) - 100usize];
-    ["Offset of field: q3n_attention_args::scale"][::core::mem::offset_of!(q3n_attention_args, scale) - 104usize];
-    ["Offset of field: q3n_attention_args::o_b"][::core::mem::offset_of!(q3n_attention_args, o_b) - 112usize];
-    ["Offset of field: q3n_attention_args::o_t"][::core::mem::offset_of!(q3n_attention_args, o_t) - 120usize];
-    ["Offset of field: q3n_attention_args::o_h"][::core::mem::offset_of!(q3n_attention_args, o_h) - 128usize];
-    ["Offset of field: q3n_attention_args::lse_b"][::core::mem::offset_of!(q3n_attention_args, lse_b) - 136usize];
-    ["Offset of field: q3n_attention_args::lse_t"][::core::mem::offset_of!(q3n_attention_args, lse_t) - 144usize];
-    ["Offset of field: q3n_attention_args::q_b"][::core::mem::offset_of!(q3n_attention_args, q_b) - 152usize];
-    ["Offset of field: q3n_attention_args::q_t"][::core::mem::offset_of!(q3n_attention_args, q_t) - 160usize];
-    ["Offset of field: q3n_attention_args::q_h"][::core::mem::offset_of!(q3n_attention_args, q_h) - 168usize];
-    ["Offset of field: q3n_attention_args::k_slot"][::core::mem::offset_of!(q3n_attention_args, k_slot) - 176usize];
-    ["Offset of field: q3n_attention_args::k_s"][::core::mem::offset_of!(q3n_attention_args, k_s) - 184usize];
-    ["Offset of field: q3n_attention_args::k_h"][::core::mem::offset_of!(q3n_attention_args, k_h) - 192usize];
-    ["Offset of field: q3n_attention_args::v_slot"][::core::mem::offset_of!(q3n_attention_args, v_slot) - 200usize];
-    ["Offset of field: q3n_attention_args::v_s"][::core::mem::offset_of!(q3n_attention_args, v_s) - 208usize];
-    ["Offset of field: q3n_attention_args::v_h"][::core::mem::offset_of!(q3n_attention_args, v_h) - 216usize];
-    ["Offset of field: q3n_attention_args::gate_b"][::core::mem::offset_of!(q3n_attention_args, gate_b) - 224usize];
-    ["Offset of field: q3n_attention_args::gate_t"][::core::mem::offset_of!(q3n_attention_args, gate_t) - 232usize];
-    ["Offset of field: q3n_attention_args::gate_h"][::core::mem::offset_of!(q3n_attention_args, gate_h) - 240usize];
-    ["Offset of field: q3n_attention_args::mask_b"][::core::mem::offset_of!(q3n_attention_args, mask_b) - 248usize];
-    ["Offset of field: q3n_attention_args::mask_t"][::core::mem::offset_of!(q3n_attention_args, mask_t) - 256usize];
-    ["Offset of field: q3n_attention_args::kv_begin"][::core::mem::offset_of!(q3n_attention_args, kv_begin) - 264usize];
-    ["Offset of field: q3n_attention_args::kv_end"][::core::mem::offset_of!(q3n_attention_args, kv_end) - 272usize];
-    ["Offset of field: q3n_attention_args::slots"][::core::mem::offset_of!(q3n_attention_args, slots) - 280usize];
-    ["Offset of field: q3n_attention_args::B"][::core::mem::offset_of!(q3n_attention_args, B) - 288usize];
-    ["Offset of field: q3n_attention_args::T"][::core::mem::offset_of!(q3n_attention_args, T) - 296usize];
-    ["Offset of field: q3n_attention_args::S"][::core::mem::offset_of!(q3n_attention_args, S) - 304usize];
-    ["Offset of field: q3n_attention_args::HQ"][::core::mem::offset_of!(q3n_attention_args, HQ) - 312usize];
-    ["Offset of field: q3n_attention_args::HKV"][::core::mem::offset_of!(q3n_attention_args, HKV) - 320usize];
-    ["Offset of field: q3n_attention_args::D"][::core::mem::offset_of!(q3n_attention_args, D) - 328usize];
+    [
+        "Size of q3n_attention_args",
+    ][::core::mem::size_of::<q3n_attention_args>() - 336usize];
+    [
+        "Alignment of q3n_attention_args",
+    ][::core::mem::align_of::<q3n_attention_args>() - 8usize];
+    [
+        "Offset of field: q3n_attention_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_attention_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_attention_args::o",
+    ][::core::mem::offset_of!(q3n_attention_args, o) - 8usize];
+    [
+        "Offset of field: q3n_attention_args::lse",
+    ][::core::mem::offset_of!(q3n_attention_args, lse) - 16usize];
+    [
+        "Offset of field: q3n_attention_args::q",
+    ][::core::mem::offset_of!(q3n_attention_args, q) - 24usize];
+    [
+        "Offset of field: q3n_attention_args::k",
+    ][::core::mem::offset_of!(q3n_attention_args, k) - 32usize];
+    [
+        "Offset of field: q3n_attention_args::v",
+    ][::core::mem::offset_of!(q3n_attention_args, v) - 40usize];
+    [
+        "Offset of field: q3n_attention_args::gate",
+    ][::core::mem::offset_of!(q3n_attention_args, gate) - 48usize];
+    [
+        "Offset of field: q3n_attention_args::mask",
+    ][::core::mem::offset_of!(q3n_attention_args, mask) - 56usize];
+    [
+        "Offset of field: q3n_attention_args::sinks",
+    ][::core::mem::offset_of!(q3n_attention_args, sinks) - 64usize];
+    [
+        "Offset of field: q3n_attention_args::slot",
+    ][::core::mem::offset_of!(q3n_attention_args, slot) - 72usize];
+    [
+        "Offset of field: q3n_attention_args::kv_len",
+    ][::core::mem::offset_of!(q3n_attention_args, kv_len) - 80usize];
+    [
+        "Offset of field: q3n_attention_args::cu_seqlens",
+    ][::core::mem::offset_of!(q3n_attention_args, cu_seqlens) - 88usize];
+    [
+        "Offset of field: q3n_attention_args::kv_dtype",
+    ][::core::mem::offset_of!(q3n_attention_args, kv_dtype) - 96usize];
+    [
+        "Offset of field: q3n_attention_args::causal",
+    ][::core::mem::offset_of!(q3n_attention_args, causal) - 100usize];
+    [
+        "Offset of field: q3n_attention_args::scale",
+    ][::core::mem::offset_of!(q3n_attention_args, scale) - 104usize];
+    [
+        "Offset of field: q3n_attention_args::o_b",
+    ][::core::mem::offset_of!(q3n_attention_args, o_b) - 112usize];
+    [
+        "Offset of field: q3n_attention_args::o_t",
+    ][::core::mem::offset_of!(q3n_attention_args, o_t) - 120usize];
+    [
+        "Offset of field: q3n_attention_args::o_h",
+    ][::core::mem::offset_of!(q3n_attention_args, o_h) - 128usize];
+    [
+        "Offset of field: q3n_attention_args::lse_b",
+    ][::core::mem::offset_of!(q3n_attention_args, lse_b) - 136usize];
+    [
+        "Offset of field: q3n_attention_args::lse_t",
+    ][::core::mem::offset_of!(q3n_attention_args, lse_t) - 144usize];
+    [
+        "Offset of field: q3n_attention_args::q_b",
+    ][::core::mem::offset_of!(q3n_attention_args, q_b) - 152usize];
+    [
+        "Offset of field: q3n_attention_args::q_t",
+    ][::core::mem::offset_of!(q3n_attention_args, q_t) - 160usize];
+    [
+        "Offset of field: q3n_attention_args::q_h",
+    ][::core::mem::offset_of!(q3n_attention_args, q_h) - 168usize];
+    [
+        "Offset of field: q3n_attention_args::k_slot",
+    ][::core::mem::offset_of!(q3n_attention_args, k_slot) - 176usize];
+    [
+        "Offset of field: q3n_attention_args::k_s",
+    ][::core::mem::offset_of!(q3n_attention_args, k_s) - 184usize];
+    [
+        "Offset of field: q3n_attention_args::k_h",
+    ][::core::mem::offset_of!(q3n_attention_args, k_h) - 192usize];
+    [
+        "Offset of field: q3n_attention_args::v_slot",
+    ][::core::mem::offset_of!(q3n_attention_args, v_slot) - 200usize];
+    [
+        "Offset of field: q3n_attention_args::v_s",
+    ][::core::mem::offset_of!(q3n_attention_args, v_s) - 208usize];
+    [
+        "Offset of field: q3n_attention_args::v_h",
+    ][::core::mem::offset_of!(q3n_attention_args, v_h) - 216usize];
+    [
+        "Offset of field: q3n_attention_args::gate_b",
+    ][::core::mem::offset_of!(q3n_attention_args, gate_b) - 224usize];
+    [
+        "Offset of field: q3n_attention_args::gate_t",
+    ][::core::mem::offset_of!(q3n_attention_args, gate_t) - 232usize];
+    [
+        "Offset of field: q3n_attention_args::gate_h",
+    ][::core::mem::offset_of!(q3n_attention_args, gate_h) - 240usize];
+    [
+        "Offset of field: q3n_attention_args::mask_b",
+    ][::core::mem::offset_of!(q3n_attention_args, mask_b) - 248usize];
+    [
+        "Offset of field: q3n_attention_args::mask_t",
+    ][::core::mem::offset_of!(q3n_attention_args, mask_t) - 256usize];
+    [
+        "Offset of field: q3n_attention_args::kv_begin",
+    ][::core::mem::offset_of!(q3n_attention_args, kv_begin) - 264usize];
+    [
+        "Offset of field: q3n_attention_args::kv_end",
+    ][::core::mem::offset_of!(q3n_attention_args, kv_end) - 272usize];
+    [
+        "Offset of field: q3n_attention_args::slots",
+    ][::core::mem::offset_of!(q3n_attention_args, slots) - 280usize];
+    [
+        "Offset of field: q3n_attention_args::B",
+    ][::core::mem::offset_of!(q3n_attention_args, B) - 288usize];
+    [
+        "Offset of field: q3n_attention_args::T",
+    ][::core::mem::offset_of!(q3n_attention_args, T) - 296usize];
+    [
+        "Offset of field: q3n_attention_args::S",
+    ][::core::mem::offset_of!(q3n_attention_args, S) - 304usize];
+    [
+        "Offset of field: q3n_attention_args::HQ",
+    ][::core::mem::offset_of!(q3n_attention_args, HQ) - 312usize];
+    [
+        "Offset of field: q3n_attention_args::HKV",
+    ][::core::mem::offset_of!(q3n_attention_args, HKV) - 320usize];
+    [
+        "Offset of field: q3n_attention_args::D",
+    ][::core::mem::offset_of!(q3n_attention_args, D) - 328usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_attention_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_attention_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_attention_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_attention_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_attention_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_attention_args,
@@ -257,14 +349,27 @@ pub struct q3n_attention_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_attention_variant"][::core::mem::size_of::<q3n_attention_variant>() - 40usize];
-    ["Alignment of q3n_attention_variant"][::core::mem::align_of::<q3n_attention_variant>() - 8usize];
-    ["Offset of field: q3n_attention_variant::name"][::core::mem::offset_of!(q3n_attention_variant, name) - 0usize];
-    ["Offset of field: q3n_attention_variant::isa"][::core::mem::offset_of!(q3n_attention_variant, isa) - 8usize];
-    ["Offset of field: q3n_attention_variant::items"][::core::mem::offset_of!(q3n_attention_variant, items) - 16usize];
-    ["Offset of field: q3n_attention_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_attention_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_attention_variant::run"][::core::mem::offset_of!(q3n_attention_variant, run) - 32usize];
+    [
+        "Size of q3n_attention_variant",
+    ][::core::mem::size_of::<q3n_attention_variant>() - 40usize];
+    [
+        "Alignment of q3n_attention_variant",
+    ][::core::mem::align_of::<q3n_attention_variant>() - 8usize];
+    [
+        "Offset of field: q3n_attention_variant::name",
+    ][::core::mem::offset_of!(q3n_attention_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_attention_variant::isa",
+    ][::core::mem::offset_of!(q3n_attention_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_attention_variant::items",
+    ][::core::mem::offset_of!(q3n_attention_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_attention_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_attention_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_attention_variant::run",
+    ][::core::mem::offset_of!(q3n_attention_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_attention_check(args: *const q3n_attention_args) -> q3n_status;
@@ -276,7 +381,9 @@ unsafe extern "C" {
     pub fn q3n_attention_variant_at(i: i64) -> *const q3n_attention_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_attention_best(args: *const q3n_attention_args) -> *const q3n_attention_variant;
+    pub fn q3n_attention_best(
+        args: *const q3n_attention_args,
+    ) -> *const q3n_attention_variant;
 }
 unsafe extern "C" {
     pub fn q3n_attention_run(
@@ -310,44 +417,72 @@ pub struct q3n_attention_merge_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_attention_merge_args"][::core::mem::size_of::<q3n_attention_merge_args>() - 128usize];
-    ["Alignment of q3n_attention_merge_args"][::core::mem::align_of::<q3n_attention_merge_args>() - 8usize];
-    ["Offset of field: q3n_attention_merge_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_attention_merge_args::o"][::core::mem::offset_of!(q3n_attention_merge_args, o) - 8usize];
-    ["Offset of field: q3n_attention_merge_args::lse"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, lse) - 16usize];
-    ["Offset of field: q3n_attention_merge_args::part_o"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, part_o) - 24usize];
-    ["Offset of field: q3n_attention_merge_args::part_lse"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, part_lse) - 32usize];
-    ["Offset of field: q3n_attention_merge_args::gate"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, gate) - 40usize];
-    ["Offset of field: q3n_attention_merge_args::sinks"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, sinks) - 48usize];
-    ["Offset of field: q3n_attention_merge_args::o_t"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, o_t) - 56usize];
-    ["Offset of field: q3n_attention_merge_args::o_h"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, o_h) - 64usize];
-    ["Offset of field: q3n_attention_merge_args::lse_t"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, lse_t) - 72usize];
-    ["Offset of field: q3n_attention_merge_args::gate_t"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, gate_t) - 80usize];
-    ["Offset of field: q3n_attention_merge_args::gate_h"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, gate_h) - 88usize];
-    ["Offset of field: q3n_attention_merge_args::parts"]
-        [::core::mem::offset_of!(q3n_attention_merge_args, parts) - 96usize];
-    ["Offset of field: q3n_attention_merge_args::T"][::core::mem::offset_of!(q3n_attention_merge_args, T) - 104usize];
-    ["Offset of field: q3n_attention_merge_args::HQ"][::core::mem::offset_of!(q3n_attention_merge_args, HQ) - 112usize];
-    ["Offset of field: q3n_attention_merge_args::D"][::core::mem::offset_of!(q3n_attention_merge_args, D) - 120usize];
+    [
+        "Size of q3n_attention_merge_args",
+    ][::core::mem::size_of::<q3n_attention_merge_args>() - 128usize];
+    [
+        "Alignment of q3n_attention_merge_args",
+    ][::core::mem::align_of::<q3n_attention_merge_args>() - 8usize];
+    [
+        "Offset of field: q3n_attention_merge_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_attention_merge_args::o",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, o) - 8usize];
+    [
+        "Offset of field: q3n_attention_merge_args::lse",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, lse) - 16usize];
+    [
+        "Offset of field: q3n_attention_merge_args::part_o",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, part_o) - 24usize];
+    [
+        "Offset of field: q3n_attention_merge_args::part_lse",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, part_lse) - 32usize];
+    [
+        "Offset of field: q3n_attention_merge_args::gate",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, gate) - 40usize];
+    [
+        "Offset of field: q3n_attention_merge_args::sinks",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, sinks) - 48usize];
+    [
+        "Offset of field: q3n_attention_merge_args::o_t",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, o_t) - 56usize];
+    [
+        "Offset of field: q3n_attention_merge_args::o_h",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, o_h) - 64usize];
+    [
+        "Offset of field: q3n_attention_merge_args::lse_t",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, lse_t) - 72usize];
+    [
+        "Offset of field: q3n_attention_merge_args::gate_t",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, gate_t) - 80usize];
+    [
+        "Offset of field: q3n_attention_merge_args::gate_h",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, gate_h) - 88usize];
+    [
+        "Offset of field: q3n_attention_merge_args::parts",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, parts) - 96usize];
+    [
+        "Offset of field: q3n_attention_merge_args::T",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, T) - 104usize];
+    [
+        "Offset of field: q3n_attention_merge_args::HQ",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, HQ) - 112usize];
+    [
+        "Offset of field: q3n_attention_merge_args::D",
+    ][::core::mem::offset_of!(q3n_attention_merge_args, D) - 120usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_attention_merge_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_attention_merge_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_attention_merge_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_attention_merge_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_attention_merge_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_attention_merge_args,
@@ -359,21 +494,32 @@ pub struct q3n_attention_merge_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_attention_merge_variant"][::core::mem::size_of::<q3n_attention_merge_variant>() - 40usize];
-    ["Alignment of q3n_attention_merge_variant"][::core::mem::align_of::<q3n_attention_merge_variant>() - 8usize];
-    ["Offset of field: q3n_attention_merge_variant::name"]
-        [::core::mem::offset_of!(q3n_attention_merge_variant, name) - 0usize];
-    ["Offset of field: q3n_attention_merge_variant::isa"]
-        [::core::mem::offset_of!(q3n_attention_merge_variant, isa) - 8usize];
-    ["Offset of field: q3n_attention_merge_variant::items"]
-        [::core::mem::offset_of!(q3n_attention_merge_variant, items) - 16usize];
-    ["Offset of field: q3n_attention_merge_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_attention_merge_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_attention_merge_variant::run"]
-        [::core::mem::offset_of!(q3n_attention_merge_variant, run) - 32usize];
+    [
+        "Size of q3n_attention_merge_variant",
+    ][::core::mem::size_of::<q3n_attention_merge_variant>() - 40usize];
+    [
+        "Alignment of q3n_attention_merge_variant",
+    ][::core::mem::align_of::<q3n_attention_merge_variant>() - 8usize];
+    [
+        "Offset of field: q3n_attention_merge_variant::name",
+    ][::core::mem::offset_of!(q3n_attention_merge_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_attention_merge_variant::isa",
+    ][::core::mem::offset_of!(q3n_attention_merge_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_attention_merge_variant::items",
+    ][::core::mem::offset_of!(q3n_attention_merge_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_attention_merge_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_attention_merge_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_attention_merge_variant::run",
+    ][::core::mem::offset_of!(q3n_attention_merge_variant, run) - 32usize];
 };
 unsafe extern "C" {
-    pub fn q3n_attention_merge_check(args: *const q3n_attention_merge_args) -> q3n_status;
+    pub fn q3n_attention_merge_check(
+        args: *const q3n_attention_merge_args,
+    ) -> q3n_status;
 }
 unsafe extern "C" {
     pub fn q3n_attention_merge_variant_count() -> i64;
@@ -382,7 +528,9 @@ unsafe extern "C" {
     pub fn q3n_attention_merge_variant_at(i: i64) -> *const q3n_attention_merge_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_attention_merge_best(args: *const q3n_attention_merge_args) -> *const q3n_attention_merge_variant;
+    pub fn q3n_attention_merge_best(
+        args: *const q3n_attention_merge_args,
+    ) -> *const q3n_attention_merge_variant;
 }
 unsafe extern "C" {
     pub fn q3n_attention_merge_run(
@@ -427,52 +575,105 @@ pub struct q3n_causal_conv_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_causal_conv_args"][::core::mem::size_of::<q3n_causal_conv_args>() - 216usize];
-    ["Alignment of q3n_causal_conv_args"][::core::mem::align_of::<q3n_causal_conv_args>() - 8usize];
-    ["Offset of field: q3n_causal_conv_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_causal_conv_args::y"][::core::mem::offset_of!(q3n_causal_conv_args, y) - 8usize];
-    ["Offset of field: q3n_causal_conv_args::state_out"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, state_out) - 16usize];
-    ["Offset of field: q3n_causal_conv_args::snapshots"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, snapshots) - 24usize];
-    ["Offset of field: q3n_causal_conv_args::x"][::core::mem::offset_of!(q3n_causal_conv_args, x) - 32usize];
-    ["Offset of field: q3n_causal_conv_args::w"][::core::mem::offset_of!(q3n_causal_conv_args, w) - 40usize];
-    ["Offset of field: q3n_causal_conv_args::bias"][::core::mem::offset_of!(q3n_causal_conv_args, bias) - 48usize];
-    ["Offset of field: q3n_causal_conv_args::state_in"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, state_in) - 56usize];
-    ["Offset of field: q3n_causal_conv_args::slot_in"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, slot_in) - 64usize];
-    ["Offset of field: q3n_causal_conv_args::slot_out"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, slot_out) - 72usize];
-    ["Offset of field: q3n_causal_conv_args::cu_seqlens"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, cu_seqlens) - 80usize];
-    ["Offset of field: q3n_causal_conv_args::silu"][::core::mem::offset_of!(q3n_causal_conv_args, silu) - 88usize];
-    ["Offset of field: q3n_causal_conv_args::y_b"][::core::mem::offset_of!(q3n_causal_conv_args, y_b) - 96usize];
-    ["Offset of field: q3n_causal_conv_args::y_t"][::core::mem::offset_of!(q3n_causal_conv_args, y_t) - 104usize];
-    ["Offset of field: q3n_causal_conv_args::x_b"][::core::mem::offset_of!(q3n_causal_conv_args, x_b) - 112usize];
-    ["Offset of field: q3n_causal_conv_args::x_t"][::core::mem::offset_of!(q3n_causal_conv_args, x_t) - 120usize];
-    ["Offset of field: q3n_causal_conv_args::w_c"][::core::mem::offset_of!(q3n_causal_conv_args, w_c) - 128usize];
-    ["Offset of field: q3n_causal_conv_args::state_slot"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, state_slot) - 136usize];
-    ["Offset of field: q3n_causal_conv_args::state_c"]
-        [::core::mem::offset_of!(q3n_causal_conv_args, state_c) - 144usize];
-    ["Offset of field: q3n_causal_conv_args::snap_b"][::core::mem::offset_of!(q3n_causal_conv_args, snap_b) - 152usize];
-    ["Offset of field: q3n_causal_conv_args::snap_t"][::core::mem::offset_of!(q3n_causal_conv_args, snap_t) - 160usize];
-    ["Offset of field: q3n_causal_conv_args::snap_c"][::core::mem::offset_of!(q3n_causal_conv_args, snap_c) - 168usize];
-    ["Offset of field: q3n_causal_conv_args::slots"][::core::mem::offset_of!(q3n_causal_conv_args, slots) - 176usize];
-    ["Offset of field: q3n_causal_conv_args::B"][::core::mem::offset_of!(q3n_causal_conv_args, B) - 184usize];
-    ["Offset of field: q3n_causal_conv_args::T"][::core::mem::offset_of!(q3n_causal_conv_args, T) - 192usize];
-    ["Offset of field: q3n_causal_conv_args::C"][::core::mem::offset_of!(q3n_causal_conv_args, C) - 200usize];
-    ["Offset of field: q3n_causal_conv_args::width"][::core::mem::offset_of!(q3n_causal_conv_args, width) - 208usize];
+    [
+        "Size of q3n_causal_conv_args",
+    ][::core::mem::size_of::<q3n_causal_conv_args>() - 216usize];
+    [
+        "Alignment of q3n_causal_conv_args",
+    ][::core::mem::align_of::<q3n_causal_conv_args>() - 8usize];
+    [
+        "Offset of field: q3n_causal_conv_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_causal_conv_args::y",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, y) - 8usize];
+    [
+        "Offset of field: q3n_causal_conv_args::state_out",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, state_out) - 16usize];
+    [
+        "Offset of field: q3n_causal_conv_args::snapshots",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, snapshots) - 24usize];
+    [
+        "Offset of field: q3n_causal_conv_args::x",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, x) - 32usize];
+    [
+        "Offset of field: q3n_causal_conv_args::w",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, w) - 40usize];
+    [
+        "Offset of field: q3n_causal_conv_args::bias",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, bias) - 48usize];
+    [
+        "Offset of field: q3n_causal_conv_args::state_in",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, state_in) - 56usize];
+    [
+        "Offset of field: q3n_causal_conv_args::slot_in",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, slot_in) - 64usize];
+    [
+        "Offset of field: q3n_causal_conv_args::slot_out",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, slot_out) - 72usize];
+    [
+        "Offset of field: q3n_causal_conv_args::cu_seqlens",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, cu_seqlens) - 80usize];
+    [
+        "Offset of field: q3n_causal_conv_args::silu",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, silu) - 88usize];
+    [
+        "Offset of field: q3n_causal_conv_args::y_b",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, y_b) - 96usize];
+    [
+        "Offset of field: q3n_causal_conv_args::y_t",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, y_t) - 104usize];
+    [
+        "Offset of field: q3n_causal_conv_args::x_b",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, x_b) - 112usize];
+    [
+        "Offset of field: q3n_causal_conv_args::x_t",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, x_t) - 120usize];
+    [
+        "Offset of field: q3n_causal_conv_args::w_c",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, w_c) - 128usize];
+    [
+        "Offset of field: q3n_causal_conv_args::state_slot",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, state_slot) - 136usize];
+    [
+        "Offset of field: q3n_causal_conv_args::state_c",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, state_c) - 144usize];
+    [
+        "Offset of field: q3n_causal_conv_args::snap_b",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, snap_b) - 152usize];
+    [
+        "Offset of field: q3n_causal_conv_args::snap_t",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, snap_t) - 160usize];
+    [
+        "Offset of field: q3n_causal_conv_args::snap_c",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, snap_c) - 168usize];
+    [
+        "Offset of field: q3n_causal_conv_args::slots",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, slots) - 176usize];
+    [
+        "Offset of field: q3n_causal_conv_args::B",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, B) - 184usize];
+    [
+        "Offset of field: q3n_causal_conv_args::T",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, T) - 192usize];
+    [
+        "Offset of field: q3n_causal_conv_args::C",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, C) - 200usize];
+    [
+        "Offset of field: q3n_causal_conv_args::width",
+    ][::core::mem::offset_of!(q3n_causal_conv_args, width) - 208usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_causal_conv_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_causal_conv_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_causal_conv_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_causal_conv_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_causal_conv_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_causal_conv_args,
@@ -484,15 +685,27 @@ pub struct q3n_causal_conv_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_causal_conv_variant"][::core::mem::size_of::<q3n_causal_conv_variant>() - 40usize];
-    ["Alignment of q3n_causal_conv_variant"][::core::mem::align_of::<q3n_causal_conv_variant>() - 8usize];
-    ["Offset of field: q3n_causal_conv_variant::name"][::core::mem::offset_of!(q3n_causal_conv_variant, name) - 0usize];
-    ["Offset of field: q3n_causal_conv_variant::isa"][::core::mem::offset_of!(q3n_causal_conv_variant, isa) - 8usize];
-    ["Offset of field: q3n_causal_conv_variant::items"]
-        [::core::mem::offset_of!(q3n_causal_conv_variant, items) - 16usize];
-    ["Offset of field: q3n_causal_conv_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_causal_conv_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_causal_conv_variant::run"][::core::mem::offset_of!(q3n_causal_conv_variant, run) - 32usize];
+    [
+        "Size of q3n_causal_conv_variant",
+    ][::core::mem::size_of::<q3n_causal_conv_variant>() - 40usize];
+    [
+        "Alignment of q3n_causal_conv_variant",
+    ][::core::mem::align_of::<q3n_causal_conv_variant>() - 8usize];
+    [
+        "Offset of field: q3n_causal_conv_variant::name",
+    ][::core::mem::offset_of!(q3n_causal_conv_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_causal_conv_variant::isa",
+    ][::core::mem::offset_of!(q3n_causal_conv_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_causal_conv_variant::items",
+    ][::core::mem::offset_of!(q3n_causal_conv_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_causal_conv_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_causal_conv_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_causal_conv_variant::run",
+    ][::core::mem::offset_of!(q3n_causal_conv_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_causal_conv_check(args: *const q3n_causal_conv_args) -> q3n_status;
@@ -504,7 +717,9 @@ unsafe extern "C" {
     pub fn q3n_causal_conv_variant_at(i: i64) -> *const q3n_causal_conv_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_causal_conv_best(args: *const q3n_causal_conv_args) -> *const q3n_causal_conv_variant;
+    pub fn q3n_causal_conv_best(
+        args: *const q3n_causal_conv_args,
+    ) -> *const q3n_causal_conv_variant;
 }
 unsafe extern "C" {
     pub fn q3n_causal_conv_run(
@@ -579,79 +794,174 @@ pub struct q3n_gated_delta_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_gated_delta_args"][::core::mem::size_of::<q3n_gated_delta_args>() - 384usize];
-    ["Alignment of q3n_gated_delta_args"][::core::mem::align_of::<q3n_gated_delta_args>() - 8usize];
-    ["Offset of field: q3n_gated_delta_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_gated_delta_args::o"][::core::mem::offset_of!(q3n_gated_delta_args, o) - 8usize];
-    ["Offset of field: q3n_gated_delta_args::state_out"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, state_out) - 16usize];
-    ["Offset of field: q3n_gated_delta_args::snapshots"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, snapshots) - 24usize];
-    ["Offset of field: q3n_gated_delta_args::q"][::core::mem::offset_of!(q3n_gated_delta_args, q) - 32usize];
-    ["Offset of field: q3n_gated_delta_args::k"][::core::mem::offset_of!(q3n_gated_delta_args, k) - 40usize];
-    ["Offset of field: q3n_gated_delta_args::v"][::core::mem::offset_of!(q3n_gated_delta_args, v) - 48usize];
-    ["Offset of field: q3n_gated_delta_args::g"][::core::mem::offset_of!(q3n_gated_delta_args, g) - 56usize];
-    ["Offset of field: q3n_gated_delta_args::beta"][::core::mem::offset_of!(q3n_gated_delta_args, beta) - 64usize];
-    ["Offset of field: q3n_gated_delta_args::state_in"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, state_in) - 72usize];
-    ["Offset of field: q3n_gated_delta_args::slot_in"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, slot_in) - 80usize];
-    ["Offset of field: q3n_gated_delta_args::slot_out"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, slot_out) - 88usize];
-    ["Offset of field: q3n_gated_delta_args::cu_seqlens"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, cu_seqlens) - 96usize];
-    ["Offset of field: q3n_gated_delta_args::gate"][::core::mem::offset_of!(q3n_gated_delta_args, gate) - 104usize];
-    ["Offset of field: q3n_gated_delta_args::head_map"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, head_map) - 108usize];
-    ["Offset of field: q3n_gated_delta_args::qk_l2norm"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, qk_l2norm) - 112usize];
-    ["Offset of field: q3n_gated_delta_args::qk_l2norm_eps"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, qk_l2norm_eps) - 116usize];
-    ["Offset of field: q3n_gated_delta_args::scale"][::core::mem::offset_of!(q3n_gated_delta_args, scale) - 120usize];
-    ["Offset of field: q3n_gated_delta_args::o_b"][::core::mem::offset_of!(q3n_gated_delta_args, o_b) - 128usize];
-    ["Offset of field: q3n_gated_delta_args::o_t"][::core::mem::offset_of!(q3n_gated_delta_args, o_t) - 136usize];
-    ["Offset of field: q3n_gated_delta_args::o_h"][::core::mem::offset_of!(q3n_gated_delta_args, o_h) - 144usize];
-    ["Offset of field: q3n_gated_delta_args::q_b"][::core::mem::offset_of!(q3n_gated_delta_args, q_b) - 152usize];
-    ["Offset of field: q3n_gated_delta_args::q_t"][::core::mem::offset_of!(q3n_gated_delta_args, q_t) - 160usize];
-    ["Offset of field: q3n_gated_delta_args::q_h"][::core::mem::offset_of!(q3n_gated_delta_args, q_h) - 168usize];
-    ["Offset of field: q3n_gated_delta_args::k_b"][::core::mem::offset_of!(q3n_gated_delta_args, k_b) - 176usize];
-    ["Offset of field: q3n_gated_delta_args::k_t"][::core::mem::offset_of!(q3n_gated_delta_args, k_t) - 184usize];
-    ["Offset of field: q3n_gated_delta_args::k_h"][::core::mem::offset_of!(q3n_gated_delta_args, k_h) - 192usize];
-    ["Offset of field: q3n_gated_delta_args::v_b"][::core::mem::offset_of!(q3n_gated_delta_args, v_b) - 200usize];
-    ["Offset of field: q3n_gated_delta_args::v_t"][::core::mem::offset_of!(q3n_gated_delta_args, v_t) - 208usize];
-    ["Offset of field: q3n_gated_delta_args::v_h"][::core::mem::offset_of!(q3n_gated_delta_args, v_h) - 216usize];
-    ["Offset of field: q3n_gated_delta_args::g_b"][::core::mem::offset_of!(q3n_gated_delta_args, g_b) - 224usize];
-    ["Offset of field: q3n_gated_delta_args::g_t"][::core::mem::offset_of!(q3n_gated_delta_args, g_t) - 232usize];
-    ["Offset of field: q3n_gated_delta_args::g_h"][::core::mem::offset_of!(q3n_gated_delta_args, g_h) - 240usize];
-    ["Offset of field: q3n_gated_delta_args::beta_b"][::core::mem::offset_of!(q3n_gated_delta_args, beta_b) - 248usize];
-    ["Offset of field: q3n_gated_delta_args::beta_t"][::core::mem::offset_of!(q3n_gated_delta_args, beta_t) - 256usize];
-    ["Offset of field: q3n_gated_delta_args::beta_h"][::core::mem::offset_of!(q3n_gated_delta_args, beta_h) - 264usize];
-    ["Offset of field: q3n_gated_delta_args::state_slot"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, state_slot) - 272usize];
-    ["Offset of field: q3n_gated_delta_args::state_h"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, state_h) - 280usize];
-    ["Offset of field: q3n_gated_delta_args::state_v"]
-        [::core::mem::offset_of!(q3n_gated_delta_args, state_v) - 288usize];
-    ["Offset of field: q3n_gated_delta_args::snap_b"][::core::mem::offset_of!(q3n_gated_delta_args, snap_b) - 296usize];
-    ["Offset of field: q3n_gated_delta_args::snap_t"][::core::mem::offset_of!(q3n_gated_delta_args, snap_t) - 304usize];
-    ["Offset of field: q3n_gated_delta_args::snap_h"][::core::mem::offset_of!(q3n_gated_delta_args, snap_h) - 312usize];
-    ["Offset of field: q3n_gated_delta_args::snap_v"][::core::mem::offset_of!(q3n_gated_delta_args, snap_v) - 320usize];
-    ["Offset of field: q3n_gated_delta_args::slots"][::core::mem::offset_of!(q3n_gated_delta_args, slots) - 328usize];
-    ["Offset of field: q3n_gated_delta_args::B"][::core::mem::offset_of!(q3n_gated_delta_args, B) - 336usize];
-    ["Offset of field: q3n_gated_delta_args::T"][::core::mem::offset_of!(q3n_gated_delta_args, T) - 344usize];
-    ["Offset of field: q3n_gated_delta_args::HK"][::core::mem::offset_of!(q3n_gated_delta_args, HK) - 352usize];
-    ["Offset of field: q3n_gated_delta_args::HV"][::core::mem::offset_of!(q3n_gated_delta_args, HV) - 360usize];
-    ["Offset of field: q3n_gated_delta_args::K"][::core::mem::offset_of!(q3n_gated_delta_args, K) - 368usize];
-    ["Offset of field: q3n_gated_delta_args::V"][::core::mem::offset_of!(q3n_gated_delta_args, V) - 376usize];
+    [
+        "Size of q3n_gated_delta_args",
+    ][::core::mem::size_of::<q3n_gated_delta_args>() - 384usize];
+    [
+        "Alignment of q3n_gated_delta_args",
+    ][::core::mem::align_of::<q3n_gated_delta_args>() - 8usize];
+    [
+        "Offset of field: q3n_gated_delta_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_gated_delta_args::o",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, o) - 8usize];
+    [
+        "Offset of field: q3n_gated_delta_args::state_out",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, state_out) - 16usize];
+    [
+        "Offset of field: q3n_gated_delta_args::snapshots",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, snapshots) - 24usize];
+    [
+        "Offset of field: q3n_gated_delta_args::q",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, q) - 32usize];
+    [
+        "Offset of field: q3n_gated_delta_args::k",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, k) - 40usize];
+    [
+        "Offset of field: q3n_gated_delta_args::v",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, v) - 48usize];
+    [
+        "Offset of field: q3n_gated_delta_args::g",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, g) - 56usize];
+    [
+        "Offset of field: q3n_gated_delta_args::beta",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, beta) - 64usize];
+    [
+        "Offset of field: q3n_gated_delta_args::state_in",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, state_in) - 72usize];
+    [
+        "Offset of field: q3n_gated_delta_args::slot_in",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, slot_in) - 80usize];
+    [
+        "Offset of field: q3n_gated_delta_args::slot_out",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, slot_out) - 88usize];
+    [
+        "Offset of field: q3n_gated_delta_args::cu_seqlens",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, cu_seqlens) - 96usize];
+    [
+        "Offset of field: q3n_gated_delta_args::gate",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, gate) - 104usize];
+    [
+        "Offset of field: q3n_gated_delta_args::head_map",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, head_map) - 108usize];
+    [
+        "Offset of field: q3n_gated_delta_args::qk_l2norm",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, qk_l2norm) - 112usize];
+    [
+        "Offset of field: q3n_gated_delta_args::qk_l2norm_eps",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, qk_l2norm_eps) - 116usize];
+    [
+        "Offset of field: q3n_gated_delta_args::scale",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, scale) - 120usize];
+    [
+        "Offset of field: q3n_gated_delta_args::o_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, o_b) - 128usize];
+    [
+        "Offset of field: q3n_gated_delta_args::o_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, o_t) - 136usize];
+    [
+        "Offset of field: q3n_gated_delta_args::o_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, o_h) - 144usize];
+    [
+        "Offset of field: q3n_gated_delta_args::q_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, q_b) - 152usize];
+    [
+        "Offset of field: q3n_gated_delta_args::q_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, q_t) - 160usize];
+    [
+        "Offset of field: q3n_gated_delta_args::q_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, q_h) - 168usize];
+    [
+        "Offset of field: q3n_gated_delta_args::k_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, k_b) - 176usize];
+    [
+        "Offset of field: q3n_gated_delta_args::k_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, k_t) - 184usize];
+    [
+        "Offset of field: q3n_gated_delta_args::k_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, k_h) - 192usize];
+    [
+        "Offset of field: q3n_gated_delta_args::v_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, v_b) - 200usize];
+    [
+        "Offset of field: q3n_gated_delta_args::v_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, v_t) - 208usize];
+    [
+        "Offset of field: q3n_gated_delta_args::v_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, v_h) - 216usize];
+    [
+        "Offset of field: q3n_gated_delta_args::g_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, g_b) - 224usize];
+    [
+        "Offset of field: q3n_gated_delta_args::g_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, g_t) - 232usize];
+    [
+        "Offset of field: q3n_gated_delta_args::g_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, g_h) - 240usize];
+    [
+        "Offset of field: q3n_gated_delta_args::beta_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, beta_b) - 248usize];
+    [
+        "Offset of field: q3n_gated_delta_args::beta_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, beta_t) - 256usize];
+    [
+        "Offset of field: q3n_gated_delta_args::beta_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, beta_h) - 264usize];
+    [
+        "Offset of field: q3n_gated_delta_args::state_slot",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, state_slot) - 272usize];
+    [
+        "Offset of field: q3n_gated_delta_args::state_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, state_h) - 280usize];
+    [
+        "Offset of field: q3n_gated_delta_args::state_v",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, state_v) - 288usize];
+    [
+        "Offset of field: q3n_gated_delta_args::snap_b",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, snap_b) - 296usize];
+    [
+        "Offset of field: q3n_gated_delta_args::snap_t",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, snap_t) - 304usize];
+    [
+        "Offset of field: q3n_gated_delta_args::snap_h",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, snap_h) - 312usize];
+    [
+        "Offset of field: q3n_gated_delta_args::snap_v",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, snap_v) - 320usize];
+    [
+        "Offset of field: q3n_gated_delta_args::slots",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, slots) - 328usize];
+    [
+        "Offset of field: q3n_gated_delta_args::B",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, B) - 336usize];
+    [
+        "Offset of field: q3n_gated_delta_args::T",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, T) - 344usize];
+    [
+        "Offset of field: q3n_gated_delta_args::HK",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, HK) - 352usize];
+    [
+        "Offset of field: q3n_gated_delta_args::HV",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, HV) - 360usize];
+    [
+        "Offset of field: q3n_gated_delta_args::K",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, K) - 368usize];
+    [
+        "Offset of field: q3n_gated_delta_args::V",
+    ][::core::mem::offset_of!(q3n_gated_delta_args, V) - 376usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_gated_delta_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_gated_delta_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_gated_delta_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_gated_delta_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_gated_delta_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_gated_delta_args,
@@ -663,15 +973,27 @@ pub struct q3n_gated_delta_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_gated_delta_variant"][::core::mem::size_of::<q3n_gated_delta_variant>() - 40usize];
-    ["Alignment of q3n_gated_delta_variant"][::core::mem::align_of::<q3n_gated_delta_variant>() - 8usize];
-    ["Offset of field: q3n_gated_delta_variant::name"][::core::mem::offset_of!(q3n_gated_delta_variant, name) - 0usize];
-    ["Offset of field: q3n_gated_delta_variant::isa"][::core::mem::offset_of!(q3n_gated_delta_variant, isa) - 8usize];
-    ["Offset of field: q3n_gated_delta_variant::items"]
-        [::core::mem::offset_of!(q3n_gated_delta_variant, items) - 16usize];
-    ["Offset of field: q3n_gated_delta_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_gated_delta_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_gated_delta_variant::run"][::core::mem::offset_of!(q3n_gated_delta_variant, run) - 32usize];
+    [
+        "Size of q3n_gated_delta_variant",
+    ][::core::mem::size_of::<q3n_gated_delta_variant>() - 40usize];
+    [
+        "Alignment of q3n_gated_delta_variant",
+    ][::core::mem::align_of::<q3n_gated_delta_variant>() - 8usize];
+    [
+        "Offset of field: q3n_gated_delta_variant::name",
+    ][::core::mem::offset_of!(q3n_gated_delta_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_gated_delta_variant::isa",
+    ][::core::mem::offset_of!(q3n_gated_delta_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_gated_delta_variant::items",
+    ][::core::mem::offset_of!(q3n_gated_delta_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_gated_delta_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_gated_delta_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_gated_delta_variant::run",
+    ][::core::mem::offset_of!(q3n_gated_delta_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_gated_delta_check(args: *const q3n_gated_delta_args) -> q3n_status;
@@ -683,7 +1005,9 @@ unsafe extern "C" {
     pub fn q3n_gated_delta_variant_at(i: i64) -> *const q3n_gated_delta_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_gated_delta_best(args: *const q3n_gated_delta_args) -> *const q3n_gated_delta_variant;
+    pub fn q3n_gated_delta_best(
+        args: *const q3n_gated_delta_args,
+    ) -> *const q3n_gated_delta_variant;
 }
 unsafe extern "C" {
     pub fn q3n_gated_delta_run(
@@ -713,26 +1037,54 @@ pub struct q3n_matmul_args {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of q3n_matmul_args"][::core::mem::size_of::<q3n_matmul_args>() - 88usize];
-    ["Alignment of q3n_matmul_args"][::core::mem::align_of::<q3n_matmul_args>() - 8usize];
-    ["Offset of field: q3n_matmul_args::struct_bytes"][::core::mem::offset_of!(q3n_matmul_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_matmul_args::y"][::core::mem::offset_of!(q3n_matmul_args, y) - 8usize];
-    ["Offset of field: q3n_matmul_args::x"][::core::mem::offset_of!(q3n_matmul_args, x) - 16usize];
-    ["Offset of field: q3n_matmul_args::w"][::core::mem::offset_of!(q3n_matmul_args, w) - 24usize];
-    ["Offset of field: q3n_matmul_args::dtype"][::core::mem::offset_of!(q3n_matmul_args, dtype) - 32usize];
-    ["Offset of field: q3n_matmul_args::y_m"][::core::mem::offset_of!(q3n_matmul_args, y_m) - 40usize];
-    ["Offset of field: q3n_matmul_args::x_m"][::core::mem::offset_of!(q3n_matmul_args, x_m) - 48usize];
-    ["Offset of field: q3n_matmul_args::w_n"][::core::mem::offset_of!(q3n_matmul_args, w_n) - 56usize];
-    ["Offset of field: q3n_matmul_args::M"][::core::mem::offset_of!(q3n_matmul_args, M) - 64usize];
-    ["Offset of field: q3n_matmul_args::N"][::core::mem::offset_of!(q3n_matmul_args, N) - 72usize];
-    ["Offset of field: q3n_matmul_args::K"][::core::mem::offset_of!(q3n_matmul_args, K) - 80usize];
+    [
+        "Alignment of q3n_matmul_args",
+    ][::core::mem::align_of::<q3n_matmul_args>() - 8usize];
+    [
+        "Offset of field: q3n_matmul_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_matmul_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_matmul_args::y",
+    ][::core::mem::offset_of!(q3n_matmul_args, y) - 8usize];
+    [
+        "Offset of field: q3n_matmul_args::x",
+    ][::core::mem::offset_of!(q3n_matmul_args, x) - 16usize];
+    [
+        "Offset of field: q3n_matmul_args::w",
+    ][::core::mem::offset_of!(q3n_matmul_args, w) - 24usize];
+    [
+        "Offset of field: q3n_matmul_args::dtype",
+    ][::core::mem::offset_of!(q3n_matmul_args, dtype) - 32usize];
+    [
+        "Offset of field: q3n_matmul_args::y_m",
+    ][::core::mem::offset_of!(q3n_matmul_args, y_m) - 40usize];
+    [
+        "Offset of field: q3n_matmul_args::x_m",
+    ][::core::mem::offset_of!(q3n_matmul_args, x_m) - 48usize];
+    [
+        "Offset of field: q3n_matmul_args::w_n",
+    ][::core::mem::offset_of!(q3n_matmul_args, w_n) - 56usize];
+    [
+        "Offset of field: q3n_matmul_args::M",
+    ][::core::mem::offset_of!(q3n_matmul_args, M) - 64usize];
+    [
+        "Offset of field: q3n_matmul_args::N",
+    ][::core::mem::offset_of!(q3n_matmul_args, N) - 72usize];
+    [
+        "Offset of field: q3n_matmul_args::K",
+    ][::core::mem::offset_of!(q3n_matmul_args, K) - 80usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_matmul_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_matmul_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_matmul_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_matmul_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_matmul_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_matmul_args,
@@ -744,14 +1096,27 @@ pub struct q3n_matmul_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_matmul_variant"][::core::mem::size_of::<q3n_matmul_variant>() - 40usize];
-    ["Alignment of q3n_matmul_variant"][::core::mem::align_of::<q3n_matmul_variant>() - 8usize];
-    ["Offset of field: q3n_matmul_variant::name"][::core::mem::offset_of!(q3n_matmul_variant, name) - 0usize];
-    ["Offset of field: q3n_matmul_variant::isa"][::core::mem::offset_of!(q3n_matmul_variant, isa) - 8usize];
-    ["Offset of field: q3n_matmul_variant::items"][::core::mem::offset_of!(q3n_matmul_variant, items) - 16usize];
-    ["Offset of field: q3n_matmul_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_matmul_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_matmul_variant::run"][::core::mem::offset_of!(q3n_matmul_variant, run) - 32usize];
+    [
+        "Size of q3n_matmul_variant",
+    ][::core::mem::size_of::<q3n_matmul_variant>() - 40usize];
+    [
+        "Alignment of q3n_matmul_variant",
+    ][::core::mem::align_of::<q3n_matmul_variant>() - 8usize];
+    [
+        "Offset of field: q3n_matmul_variant::name",
+    ][::core::mem::offset_of!(q3n_matmul_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_matmul_variant::isa",
+    ][::core::mem::offset_of!(q3n_matmul_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_matmul_variant::items",
+    ][::core::mem::offset_of!(q3n_matmul_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_matmul_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_matmul_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_matmul_variant::run",
+    ][::core::mem::offset_of!(q3n_matmul_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_matmul_check(args: *const q3n_matmul_args) -> q3n_status;
@@ -791,29 +1156,54 @@ pub struct q3n_moe_route_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_route_args"][::core::mem::size_of::<q3n_moe_route_args>() - 80usize];
-    ["Alignment of q3n_moe_route_args"][::core::mem::align_of::<q3n_moe_route_args>() - 8usize];
-    ["Offset of field: q3n_moe_route_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_moe_route_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_moe_route_args::ids"][::core::mem::offset_of!(q3n_moe_route_args, ids) - 8usize];
-    ["Offset of field: q3n_moe_route_args::weights"][::core::mem::offset_of!(q3n_moe_route_args, weights) - 16usize];
-    ["Offset of field: q3n_moe_route_args::bad_token"]
-        [::core::mem::offset_of!(q3n_moe_route_args, bad_token) - 24usize];
-    ["Offset of field: q3n_moe_route_args::logits"][::core::mem::offset_of!(q3n_moe_route_args, logits) - 32usize];
-    ["Offset of field: q3n_moe_route_args::normalize"]
-        [::core::mem::offset_of!(q3n_moe_route_args, normalize) - 40usize];
-    ["Offset of field: q3n_moe_route_args::logits_t"][::core::mem::offset_of!(q3n_moe_route_args, logits_t) - 48usize];
-    ["Offset of field: q3n_moe_route_args::T"][::core::mem::offset_of!(q3n_moe_route_args, T) - 56usize];
-    ["Offset of field: q3n_moe_route_args::E"][::core::mem::offset_of!(q3n_moe_route_args, E) - 64usize];
-    ["Offset of field: q3n_moe_route_args::top_k"][::core::mem::offset_of!(q3n_moe_route_args, top_k) - 72usize];
+    [
+        "Size of q3n_moe_route_args",
+    ][::core::mem::size_of::<q3n_moe_route_args>() - 80usize];
+    [
+        "Alignment of q3n_moe_route_args",
+    ][::core::mem::align_of::<q3n_moe_route_args>() - 8usize];
+    [
+        "Offset of field: q3n_moe_route_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_moe_route_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_moe_route_args::ids",
+    ][::core::mem::offset_of!(q3n_moe_route_args, ids) - 8usize];
+    [
+        "Offset of field: q3n_moe_route_args::weights",
+    ][::core::mem::offset_of!(q3n_moe_route_args, weights) - 16usize];
+    [
+        "Offset of field: q3n_moe_route_args::bad_token",
+    ][::core::mem::offset_of!(q3n_moe_route_args, bad_token) - 24usize];
+    [
+        "Offset of field: q3n_moe_route_args::logits",
+    ][::core::mem::offset_of!(q3n_moe_route_args, logits) - 32usize];
+    [
+        "Offset of field: q3n_moe_route_args::normalize",
+    ][::core::mem::offset_of!(q3n_moe_route_args, normalize) - 40usize];
+    [
+        "Offset of field: q3n_moe_route_args::logits_t",
+    ][::core::mem::offset_of!(q3n_moe_route_args, logits_t) - 48usize];
+    [
+        "Offset of field: q3n_moe_route_args::T",
+    ][::core::mem::offset_of!(q3n_moe_route_args, T) - 56usize];
+    [
+        "Offset of field: q3n_moe_route_args::E",
+    ][::core::mem::offset_of!(q3n_moe_route_args, E) - 64usize];
+    [
+        "Offset of field: q3n_moe_route_args::top_k",
+    ][::core::mem::offset_of!(q3n_moe_route_args, top_k) - 72usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_route_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_route_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_route_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_route_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_route_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_moe_route_args,
@@ -825,14 +1215,27 @@ pub struct q3n_moe_route_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_route_variant"][::core::mem::size_of::<q3n_moe_route_variant>() - 40usize];
-    ["Alignment of q3n_moe_route_variant"][::core::mem::align_of::<q3n_moe_route_variant>() - 8usize];
-    ["Offset of field: q3n_moe_route_variant::name"][::core::mem::offset_of!(q3n_moe_route_variant, name) - 0usize];
-    ["Offset of field: q3n_moe_route_variant::isa"][::core::mem::offset_of!(q3n_moe_route_variant, isa) - 8usize];
-    ["Offset of field: q3n_moe_route_variant::items"][::core::mem::offset_of!(q3n_moe_route_variant, items) - 16usize];
-    ["Offset of field: q3n_moe_route_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_moe_route_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_moe_route_variant::run"][::core::mem::offset_of!(q3n_moe_route_variant, run) - 32usize];
+    [
+        "Size of q3n_moe_route_variant",
+    ][::core::mem::size_of::<q3n_moe_route_variant>() - 40usize];
+    [
+        "Alignment of q3n_moe_route_variant",
+    ][::core::mem::align_of::<q3n_moe_route_variant>() - 8usize];
+    [
+        "Offset of field: q3n_moe_route_variant::name",
+    ][::core::mem::offset_of!(q3n_moe_route_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_moe_route_variant::isa",
+    ][::core::mem::offset_of!(q3n_moe_route_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_moe_route_variant::items",
+    ][::core::mem::offset_of!(q3n_moe_route_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_moe_route_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_moe_route_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_moe_route_variant::run",
+    ][::core::mem::offset_of!(q3n_moe_route_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_moe_route_check(args: *const q3n_moe_route_args) -> q3n_status;
@@ -844,7 +1247,9 @@ unsafe extern "C" {
     pub fn q3n_moe_route_variant_at(i: i64) -> *const q3n_moe_route_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_moe_route_best(args: *const q3n_moe_route_args) -> *const q3n_moe_route_variant;
+    pub fn q3n_moe_route_best(
+        args: *const q3n_moe_route_args,
+    ) -> *const q3n_moe_route_variant;
 }
 unsafe extern "C" {
     pub fn q3n_moe_route_run(
@@ -869,24 +1274,45 @@ pub struct q3n_moe_group_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_group_args"][::core::mem::size_of::<q3n_moe_group_args>() - 56usize];
-    ["Alignment of q3n_moe_group_args"][::core::mem::align_of::<q3n_moe_group_args>() - 8usize];
-    ["Offset of field: q3n_moe_group_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_moe_group_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_moe_group_args::order"][::core::mem::offset_of!(q3n_moe_group_args, order) - 8usize];
-    ["Offset of field: q3n_moe_group_args::offsets"][::core::mem::offset_of!(q3n_moe_group_args, offsets) - 16usize];
-    ["Offset of field: q3n_moe_group_args::ids"][::core::mem::offset_of!(q3n_moe_group_args, ids) - 24usize];
-    ["Offset of field: q3n_moe_group_args::T"][::core::mem::offset_of!(q3n_moe_group_args, T) - 32usize];
-    ["Offset of field: q3n_moe_group_args::E"][::core::mem::offset_of!(q3n_moe_group_args, E) - 40usize];
-    ["Offset of field: q3n_moe_group_args::top_k"][::core::mem::offset_of!(q3n_moe_group_args, top_k) - 48usize];
+    [
+        "Size of q3n_moe_group_args",
+    ][::core::mem::size_of::<q3n_moe_group_args>() - 56usize];
+    [
+        "Alignment of q3n_moe_group_args",
+    ][::core::mem::align_of::<q3n_moe_group_args>() - 8usize];
+    [
+        "Offset of field: q3n_moe_group_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_moe_group_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_moe_group_args::order",
+    ][::core::mem::offset_of!(q3n_moe_group_args, order) - 8usize];
+    [
+        "Offset of field: q3n_moe_group_args::offsets",
+    ][::core::mem::offset_of!(q3n_moe_group_args, offsets) - 16usize];
+    [
+        "Offset of field: q3n_moe_group_args::ids",
+    ][::core::mem::offset_of!(q3n_moe_group_args, ids) - 24usize];
+    [
+        "Offset of field: q3n_moe_group_args::T",
+    ][::core::mem::offset_of!(q3n_moe_group_args, T) - 32usize];
+    [
+        "Offset of field: q3n_moe_group_args::E",
+    ][::core::mem::offset_of!(q3n_moe_group_args, E) - 40usize];
+    [
+        "Offset of field: q3n_moe_group_args::top_k",
+    ][::core::mem::offset_of!(q3n_moe_group_args, top_k) - 48usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_group_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_group_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_group_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_group_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_group_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_moe_group_args,
@@ -898,14 +1324,27 @@ pub struct q3n_moe_group_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_group_variant"][::core::mem::size_of::<q3n_moe_group_variant>() - 40usize];
-    ["Alignment of q3n_moe_group_variant"][::core::mem::align_of::<q3n_moe_group_variant>() - 8usize];
-    ["Offset of field: q3n_moe_group_variant::name"][::core::mem::offset_of!(q3n_moe_group_variant, name) - 0usize];
-    ["Offset of field: q3n_moe_group_variant::isa"][::core::mem::offset_of!(q3n_moe_group_variant, isa) - 8usize];
-    ["Offset of field: q3n_moe_group_variant::items"][::core::mem::offset_of!(q3n_moe_group_variant, items) - 16usize];
-    ["Offset of field: q3n_moe_group_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_moe_group_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_moe_group_variant::run"][::core::mem::offset_of!(q3n_moe_group_variant, run) - 32usize];
+    [
+        "Size of q3n_moe_group_variant",
+    ][::core::mem::size_of::<q3n_moe_group_variant>() - 40usize];
+    [
+        "Alignment of q3n_moe_group_variant",
+    ][::core::mem::align_of::<q3n_moe_group_variant>() - 8usize];
+    [
+        "Offset of field: q3n_moe_group_variant::name",
+    ][::core::mem::offset_of!(q3n_moe_group_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_moe_group_variant::isa",
+    ][::core::mem::offset_of!(q3n_moe_group_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_moe_group_variant::items",
+    ][::core::mem::offset_of!(q3n_moe_group_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_moe_group_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_moe_group_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_moe_group_variant::run",
+    ][::core::mem::offset_of!(q3n_moe_group_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_moe_group_check(args: *const q3n_moe_group_args) -> q3n_status;
@@ -917,7 +1356,9 @@ unsafe extern "C" {
     pub fn q3n_moe_group_variant_at(i: i64) -> *const q3n_moe_group_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_moe_group_best(args: *const q3n_moe_group_args) -> *const q3n_moe_group_variant;
+    pub fn q3n_moe_group_best(
+        args: *const q3n_moe_group_args,
+    ) -> *const q3n_moe_group_variant;
 }
 unsafe extern "C" {
     pub fn q3n_moe_group_run(
@@ -955,34 +1396,78 @@ pub struct q3n_moe_up_args {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of q3n_moe_up_args"][::core::mem::size_of::<q3n_moe_up_args>() - 144usize];
-    ["Alignment of q3n_moe_up_args"][::core::mem::align_of::<q3n_moe_up_args>() - 8usize];
-    ["Offset of field: q3n_moe_up_args::struct_bytes"][::core::mem::offset_of!(q3n_moe_up_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_moe_up_args::h"][::core::mem::offset_of!(q3n_moe_up_args, h) - 8usize];
-    ["Offset of field: q3n_moe_up_args::x"][::core::mem::offset_of!(q3n_moe_up_args, x) - 16usize];
-    ["Offset of field: q3n_moe_up_args::gate"][::core::mem::offset_of!(q3n_moe_up_args, gate) - 24usize];
-    ["Offset of field: q3n_moe_up_args::up"][::core::mem::offset_of!(q3n_moe_up_args, up) - 32usize];
-    ["Offset of field: q3n_moe_up_args::order"][::core::mem::offset_of!(q3n_moe_up_args, order) - 40usize];
-    ["Offset of field: q3n_moe_up_args::offsets"][::core::mem::offset_of!(q3n_moe_up_args, offsets) - 48usize];
-    ["Offset of field: q3n_moe_up_args::gate_dtype"][::core::mem::offset_of!(q3n_moe_up_args, gate_dtype) - 56usize];
-    ["Offset of field: q3n_moe_up_args::up_dtype"][::core::mem::offset_of!(q3n_moe_up_args, up_dtype) - 60usize];
-    ["Offset of field: q3n_moe_up_args::x_t"][::core::mem::offset_of!(q3n_moe_up_args, x_t) - 64usize];
-    ["Offset of field: q3n_moe_up_args::gate_e"][::core::mem::offset_of!(q3n_moe_up_args, gate_e) - 72usize];
-    ["Offset of field: q3n_moe_up_args::gate_f"][::core::mem::offset_of!(q3n_moe_up_args, gate_f) - 80usize];
-    ["Offset of field: q3n_moe_up_args::up_e"][::core::mem::offset_of!(q3n_moe_up_args, up_e) - 88usize];
-    ["Offset of field: q3n_moe_up_args::up_f"][::core::mem::offset_of!(q3n_moe_up_args, up_f) - 96usize];
-    ["Offset of field: q3n_moe_up_args::T"][::core::mem::offset_of!(q3n_moe_up_args, T) - 104usize];
-    ["Offset of field: q3n_moe_up_args::E"][::core::mem::offset_of!(q3n_moe_up_args, E) - 112usize];
-    ["Offset of field: q3n_moe_up_args::top_k"][::core::mem::offset_of!(q3n_moe_up_args, top_k) - 120usize];
-    ["Offset of field: q3n_moe_up_args::D"][::core::mem::offset_of!(q3n_moe_up_args, D) - 128usize];
-    ["Offset of field: q3n_moe_up_args::F"][::core::mem::offset_of!(q3n_moe_up_args, F) - 136usize];
+    [
+        "Alignment of q3n_moe_up_args",
+    ][::core::mem::align_of::<q3n_moe_up_args>() - 8usize];
+    [
+        "Offset of field: q3n_moe_up_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_moe_up_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_moe_up_args::h",
+    ][::core::mem::offset_of!(q3n_moe_up_args, h) - 8usize];
+    [
+        "Offset of field: q3n_moe_up_args::x",
+    ][::core::mem::offset_of!(q3n_moe_up_args, x) - 16usize];
+    [
+        "Offset of field: q3n_moe_up_args::gate",
+    ][::core::mem::offset_of!(q3n_moe_up_args, gate) - 24usize];
+    [
+        "Offset of field: q3n_moe_up_args::up",
+    ][::core::mem::offset_of!(q3n_moe_up_args, up) - 32usize];
+    [
+        "Offset of field: q3n_moe_up_args::order",
+    ][::core::mem::offset_of!(q3n_moe_up_args, order) - 40usize];
+    [
+        "Offset of field: q3n_moe_up_args::offsets",
+    ][::core::mem::offset_of!(q3n_moe_up_args, offsets) - 48usize];
+    [
+        "Offset of field: q3n_moe_up_args::gate_dtype",
+    ][::core::mem::offset_of!(q3n_moe_up_args, gate_dtype) - 56usize];
+    [
+        "Offset of field: q3n_moe_up_args::up_dtype",
+    ][::core::mem::offset_of!(q3n_moe_up_args, up_dtype) - 60usize];
+    [
+        "Offset of field: q3n_moe_up_args::x_t",
+    ][::core::mem::offset_of!(q3n_moe_up_args, x_t) - 64usize];
+    [
+        "Offset of field: q3n_moe_up_args::gate_e",
+    ][::core::mem::offset_of!(q3n_moe_up_args, gate_e) - 72usize];
+    [
+        "Offset of field: q3n_moe_up_args::gate_f",
+    ][::core::mem::offset_of!(q3n_moe_up_args, gate_f) - 80usize];
+    [
+        "Offset of field: q3n_moe_up_args::up_e",
+    ][::core::mem::offset_of!(q3n_moe_up_args, up_e) - 88usize];
+    [
+        "Offset of field: q3n_moe_up_args::up_f",
+    ][::core::mem::offset_of!(q3n_moe_up_args, up_f) - 96usize];
+    [
+        "Offset of field: q3n_moe_up_args::T",
+    ][::core::mem::offset_of!(q3n_moe_up_args, T) - 104usize];
+    [
+        "Offset of field: q3n_moe_up_args::E",
+    ][::core::mem::offset_of!(q3n_moe_up_args, E) - 112usize];
+    [
+        "Offset of field: q3n_moe_up_args::top_k",
+    ][::core::mem::offset_of!(q3n_moe_up_args, top_k) - 120usize];
+    [
+        "Offset of field: q3n_moe_up_args::D",
+    ][::core::mem::offset_of!(q3n_moe_up_args, D) - 128usize];
+    [
+        "Offset of field: q3n_moe_up_args::F",
+    ][::core::mem::offset_of!(q3n_moe_up_args, F) - 136usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_up_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_up_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_up_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_up_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_up_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_moe_up_args,
@@ -994,14 +1479,27 @@ pub struct q3n_moe_up_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_up_variant"][::core::mem::size_of::<q3n_moe_up_variant>() - 40usize];
-    ["Alignment of q3n_moe_up_variant"][::core::mem::align_of::<q3n_moe_up_variant>() - 8usize];
-    ["Offset of field: q3n_moe_up_variant::name"][::core::mem::offset_of!(q3n_moe_up_variant, name) - 0usize];
-    ["Offset of field: q3n_moe_up_variant::isa"][::core::mem::offset_of!(q3n_moe_up_variant, isa) - 8usize];
-    ["Offset of field: q3n_moe_up_variant::items"][::core::mem::offset_of!(q3n_moe_up_variant, items) - 16usize];
-    ["Offset of field: q3n_moe_up_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_moe_up_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_moe_up_variant::run"][::core::mem::offset_of!(q3n_moe_up_variant, run) - 32usize];
+    [
+        "Size of q3n_moe_up_variant",
+    ][::core::mem::size_of::<q3n_moe_up_variant>() - 40usize];
+    [
+        "Alignment of q3n_moe_up_variant",
+    ][::core::mem::align_of::<q3n_moe_up_variant>() - 8usize];
+    [
+        "Offset of field: q3n_moe_up_variant::name",
+    ][::core::mem::offset_of!(q3n_moe_up_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_moe_up_variant::isa",
+    ][::core::mem::offset_of!(q3n_moe_up_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_moe_up_variant::items",
+    ][::core::mem::offset_of!(q3n_moe_up_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_moe_up_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_moe_up_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_moe_up_variant::run",
+    ][::core::mem::offset_of!(q3n_moe_up_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_moe_up_check(args: *const q3n_moe_up_args) -> q3n_status;
@@ -1048,35 +1546,75 @@ pub struct q3n_moe_down_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_down_args"][::core::mem::size_of::<q3n_moe_down_args>() - 128usize];
-    ["Alignment of q3n_moe_down_args"][::core::mem::align_of::<q3n_moe_down_args>() - 8usize];
-    ["Offset of field: q3n_moe_down_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_moe_down_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_moe_down_args::y"][::core::mem::offset_of!(q3n_moe_down_args, y) - 8usize];
-    ["Offset of field: q3n_moe_down_args::h"][::core::mem::offset_of!(q3n_moe_down_args, h) - 16usize];
-    ["Offset of field: q3n_moe_down_args::weights"][::core::mem::offset_of!(q3n_moe_down_args, weights) - 24usize];
-    ["Offset of field: q3n_moe_down_args::down"][::core::mem::offset_of!(q3n_moe_down_args, down) - 32usize];
-    ["Offset of field: q3n_moe_down_args::order"][::core::mem::offset_of!(q3n_moe_down_args, order) - 40usize];
-    ["Offset of field: q3n_moe_down_args::offsets"][::core::mem::offset_of!(q3n_moe_down_args, offsets) - 48usize];
-    ["Offset of field: q3n_moe_down_args::dtype"][::core::mem::offset_of!(q3n_moe_down_args, dtype) - 56usize];
-    ["Offset of field: q3n_moe_down_args::accumulate"]
-        [::core::mem::offset_of!(q3n_moe_down_args, accumulate) - 60usize];
-    ["Offset of field: q3n_moe_down_args::y_t"][::core::mem::offset_of!(q3n_moe_down_args, y_t) - 64usize];
-    ["Offset of field: q3n_moe_down_args::down_e"][::core::mem::offset_of!(q3n_moe_down_args, down_e) - 72usize];
-    ["Offset of field: q3n_moe_down_args::down_d"][::core::mem::offset_of!(q3n_moe_down_args, down_d) - 80usize];
-    ["Offset of field: q3n_moe_down_args::T"][::core::mem::offset_of!(q3n_moe_down_args, T) - 88usize];
-    ["Offset of field: q3n_moe_down_args::E"][::core::mem::offset_of!(q3n_moe_down_args, E) - 96usize];
-    ["Offset of field: q3n_moe_down_args::top_k"][::core::mem::offset_of!(q3n_moe_down_args, top_k) - 104usize];
-    ["Offset of field: q3n_moe_down_args::D"][::core::mem::offset_of!(q3n_moe_down_args, D) - 112usize];
-    ["Offset of field: q3n_moe_down_args::F"][::core::mem::offset_of!(q3n_moe_down_args, F) - 120usize];
+    [
+        "Size of q3n_moe_down_args",
+    ][::core::mem::size_of::<q3n_moe_down_args>() - 128usize];
+    [
+        "Alignment of q3n_moe_down_args",
+    ][::core::mem::align_of::<q3n_moe_down_args>() - 8usize];
+    [
+        "Offset of field: q3n_moe_down_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_moe_down_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_moe_down_args::y",
+    ][::core::mem::offset_of!(q3n_moe_down_args, y) - 8usize];
+    [
+        "Offset of field: q3n_moe_down_args::h",
+    ][::core::mem::offset_of!(q3n_moe_down_args, h) - 16usize];
+    [
+        "Offset of field: q3n_moe_down_args::weights",
+    ][::core::mem::offset_of!(q3n_moe_down_args, weights) - 24usize];
+    [
+        "Offset of field: q3n_moe_down_args::down",
+    ][::core::mem::offset_of!(q3n_moe_down_args, down) - 32usize];
+    [
+        "Offset of field: q3n_moe_down_args::order",
+    ][::core::mem::offset_of!(q3n_moe_down_args, order) - 40usize];
+    [
+        "Offset of field: q3n_moe_down_args::offsets",
+    ][::core::mem::offset_of!(q3n_moe_down_args, offsets) - 48usize];
+    [
+        "Offset of field: q3n_moe_down_args::dtype",
+    ][::core::mem::offset_of!(q3n_moe_down_args, dtype) - 56usize];
+    [
+        "Offset of field: q3n_moe_down_args::accumulate",
+    ][::core::mem::offset_of!(q3n_moe_down_args, accumulate) - 60usize];
+    [
+        "Offset of field: q3n_moe_down_args::y_t",
+    ][::core::mem::offset_of!(q3n_moe_down_args, y_t) - 64usize];
+    [
+        "Offset of field: q3n_moe_down_args::down_e",
+    ][::core::mem::offset_of!(q3n_moe_down_args, down_e) - 72usize];
+    [
+        "Offset of field: q3n_moe_down_args::down_d",
+    ][::core::mem::offset_of!(q3n_moe_down_args, down_d) - 80usize];
+    [
+        "Offset of field: q3n_moe_down_args::T",
+    ][::core::mem::offset_of!(q3n_moe_down_args, T) - 88usize];
+    [
+        "Offset of field: q3n_moe_down_args::E",
+    ][::core::mem::offset_of!(q3n_moe_down_args, E) - 96usize];
+    [
+        "Offset of field: q3n_moe_down_args::top_k",
+    ][::core::mem::offset_of!(q3n_moe_down_args, top_k) - 104usize];
+    [
+        "Offset of field: q3n_moe_down_args::D",
+    ][::core::mem::offset_of!(q3n_moe_down_args, D) - 112usize];
+    [
+        "Offset of field: q3n_moe_down_args::F",
+    ][::core::mem::offset_of!(q3n_moe_down_args, F) - 120usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_down_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_down_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_moe_down_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_down_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_moe_down_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_moe_down_args,
@@ -1088,14 +1626,27 @@ pub struct q3n_moe_down_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_moe_down_variant"][::core::mem::size_of::<q3n_moe_down_variant>() - 40usize];
-    ["Alignment of q3n_moe_down_variant"][::core::mem::align_of::<q3n_moe_down_variant>() - 8usize];
-    ["Offset of field: q3n_moe_down_variant::name"][::core::mem::offset_of!(q3n_moe_down_variant, name) - 0usize];
-    ["Offset of field: q3n_moe_down_variant::isa"][::core::mem::offset_of!(q3n_moe_down_variant, isa) - 8usize];
-    ["Offset of field: q3n_moe_down_variant::items"][::core::mem::offset_of!(q3n_moe_down_variant, items) - 16usize];
-    ["Offset of field: q3n_moe_down_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_moe_down_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_moe_down_variant::run"][::core::mem::offset_of!(q3n_moe_down_variant, run) - 32usize];
+    [
+        "Size of q3n_moe_down_variant",
+    ][::core::mem::size_of::<q3n_moe_down_variant>() - 40usize];
+    [
+        "Alignment of q3n_moe_down_variant",
+    ][::core::mem::align_of::<q3n_moe_down_variant>() - 8usize];
+    [
+        "Offset of field: q3n_moe_down_variant::name",
+    ][::core::mem::offset_of!(q3n_moe_down_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_moe_down_variant::isa",
+    ][::core::mem::offset_of!(q3n_moe_down_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_moe_down_variant::items",
+    ][::core::mem::offset_of!(q3n_moe_down_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_moe_down_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_moe_down_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_moe_down_variant::run",
+    ][::core::mem::offset_of!(q3n_moe_down_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_moe_down_check(args: *const q3n_moe_down_args) -> q3n_status;
@@ -1107,7 +1658,9 @@ unsafe extern "C" {
     pub fn q3n_moe_down_variant_at(i: i64) -> *const q3n_moe_down_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_moe_down_best(args: *const q3n_moe_down_args) -> *const q3n_moe_down_variant;
+    pub fn q3n_moe_down_best(
+        args: *const q3n_moe_down_args,
+    ) -> *const q3n_moe_down_variant;
 }
 unsafe extern "C" {
     pub fn q3n_moe_down_run(
@@ -1148,30 +1701,66 @@ pub struct q3n_norm_args {
 const _: () = {
     ["Size of q3n_norm_args"][::core::mem::size_of::<q3n_norm_args>() - 120usize];
     ["Alignment of q3n_norm_args"][::core::mem::align_of::<q3n_norm_args>() - 8usize];
-    ["Offset of field: q3n_norm_args::struct_bytes"][::core::mem::offset_of!(q3n_norm_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_norm_args::y"][::core::mem::offset_of!(q3n_norm_args, y) - 8usize];
-    ["Offset of field: q3n_norm_args::x"][::core::mem::offset_of!(q3n_norm_args, x) - 16usize];
-    ["Offset of field: q3n_norm_args::w"][::core::mem::offset_of!(q3n_norm_args, w) - 24usize];
-    ["Offset of field: q3n_norm_args::z"][::core::mem::offset_of!(q3n_norm_args, z) - 32usize];
-    ["Offset of field: q3n_norm_args::kind"][::core::mem::offset_of!(q3n_norm_args, kind) - 40usize];
-    ["Offset of field: q3n_norm_args::eps"][::core::mem::offset_of!(q3n_norm_args, eps) - 44usize];
-    ["Offset of field: q3n_norm_args::y_t"][::core::mem::offset_of!(q3n_norm_args, y_t) - 48usize];
-    ["Offset of field: q3n_norm_args::y_h"][::core::mem::offset_of!(q3n_norm_args, y_h) - 56usize];
-    ["Offset of field: q3n_norm_args::x_t"][::core::mem::offset_of!(q3n_norm_args, x_t) - 64usize];
-    ["Offset of field: q3n_norm_args::x_h"][::core::mem::offset_of!(q3n_norm_args, x_h) - 72usize];
-    ["Offset of field: q3n_norm_args::z_t"][::core::mem::offset_of!(q3n_norm_args, z_t) - 80usize];
-    ["Offset of field: q3n_norm_args::z_h"][::core::mem::offset_of!(q3n_norm_args, z_h) - 88usize];
-    ["Offset of field: q3n_norm_args::T"][::core::mem::offset_of!(q3n_norm_args, T) - 96usize];
-    ["Offset of field: q3n_norm_args::H"][::core::mem::offset_of!(q3n_norm_args, H) - 104usize];
-    ["Offset of field: q3n_norm_args::D"][::core::mem::offset_of!(q3n_norm_args, D) - 112usize];
+    [
+        "Offset of field: q3n_norm_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_norm_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_norm_args::y",
+    ][::core::mem::offset_of!(q3n_norm_args, y) - 8usize];
+    [
+        "Offset of field: q3n_norm_args::x",
+    ][::core::mem::offset_of!(q3n_norm_args, x) - 16usize];
+    [
+        "Offset of field: q3n_norm_args::w",
+    ][::core::mem::offset_of!(q3n_norm_args, w) - 24usize];
+    [
+        "Offset of field: q3n_norm_args::z",
+    ][::core::mem::offset_of!(q3n_norm_args, z) - 32usize];
+    [
+        "Offset of field: q3n_norm_args::kind",
+    ][::core::mem::offset_of!(q3n_norm_args, kind) - 40usize];
+    [
+        "Offset of field: q3n_norm_args::eps",
+    ][::core::mem::offset_of!(q3n_norm_args, eps) - 44usize];
+    [
+        "Offset of field: q3n_norm_args::y_t",
+    ][::core::mem::offset_of!(q3n_norm_args, y_t) - 48usize];
+    [
+        "Offset of field: q3n_norm_args::y_h",
+    ][::core::mem::offset_of!(q3n_norm_args, y_h) - 56usize];
+    [
+        "Offset of field: q3n_norm_args::x_t",
+    ][::core::mem::offset_of!(q3n_norm_args, x_t) - 64usize];
+    [
+        "Offset of field: q3n_norm_args::x_h",
+    ][::core::mem::offset_of!(q3n_norm_args, x_h) - 72usize];
+    [
+        "Offset of field: q3n_norm_args::z_t",
+    ][::core::mem::offset_of!(q3n_norm_args, z_t) - 80usize];
+    [
+        "Offset of field: q3n_norm_args::z_h",
+    ][::core::mem::offset_of!(q3n_norm_args, z_h) - 88usize];
+    [
+        "Offset of field: q3n_norm_args::T",
+    ][::core::mem::offset_of!(q3n_norm_args, T) - 96usize];
+    [
+        "Offset of field: q3n_norm_args::H",
+    ][::core::mem::offset_of!(q3n_norm_args, H) - 104usize];
+    [
+        "Offset of field: q3n_norm_args::D",
+    ][::core::mem::offset_of!(q3n_norm_args, D) - 112usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_norm_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_norm_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_norm_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_norm_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_norm_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_norm_args,
@@ -1184,13 +1773,24 @@ pub struct q3n_norm_variant {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of q3n_norm_variant"][::core::mem::size_of::<q3n_norm_variant>() - 40usize];
-    ["Alignment of q3n_norm_variant"][::core::mem::align_of::<q3n_norm_variant>() - 8usize];
-    ["Offset of field: q3n_norm_variant::name"][::core::mem::offset_of!(q3n_norm_variant, name) - 0usize];
-    ["Offset of field: q3n_norm_variant::isa"][::core::mem::offset_of!(q3n_norm_variant, isa) - 8usize];
-    ["Offset of field: q3n_norm_variant::items"][::core::mem::offset_of!(q3n_norm_variant, items) - 16usize];
-    ["Offset of field: q3n_norm_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_norm_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_norm_variant::run"][::core::mem::offset_of!(q3n_norm_variant, run) - 32usize];
+    [
+        "Alignment of q3n_norm_variant",
+    ][::core::mem::align_of::<q3n_norm_variant>() - 8usize];
+    [
+        "Offset of field: q3n_norm_variant::name",
+    ][::core::mem::offset_of!(q3n_norm_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_norm_variant::isa",
+    ][::core::mem::offset_of!(q3n_norm_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_norm_variant::items",
+    ][::core::mem::offset_of!(q3n_norm_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_norm_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_norm_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_norm_variant::run",
+    ][::core::mem::offset_of!(q3n_norm_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_norm_check(args: *const q3n_norm_args) -> q3n_status;
@@ -1228,25 +1828,48 @@ pub struct q3n_dequantize_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_dequantize_args"][::core::mem::size_of::<q3n_dequantize_args>() - 64usize];
-    ["Alignment of q3n_dequantize_args"][::core::mem::align_of::<q3n_dequantize_args>() - 8usize];
-    ["Offset of field: q3n_dequantize_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_dequantize_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_dequantize_args::y"][::core::mem::offset_of!(q3n_dequantize_args, y) - 8usize];
-    ["Offset of field: q3n_dequantize_args::x"][::core::mem::offset_of!(q3n_dequantize_args, x) - 16usize];
-    ["Offset of field: q3n_dequantize_args::dtype"][::core::mem::offset_of!(q3n_dequantize_args, dtype) - 24usize];
-    ["Offset of field: q3n_dequantize_args::y_row"][::core::mem::offset_of!(q3n_dequantize_args, y_row) - 32usize];
-    ["Offset of field: q3n_dequantize_args::x_row"][::core::mem::offset_of!(q3n_dequantize_args, x_row) - 40usize];
-    ["Offset of field: q3n_dequantize_args::rows"][::core::mem::offset_of!(q3n_dequantize_args, rows) - 48usize];
-    ["Offset of field: q3n_dequantize_args::N"][::core::mem::offset_of!(q3n_dequantize_args, N) - 56usize];
+    [
+        "Size of q3n_dequantize_args",
+    ][::core::mem::size_of::<q3n_dequantize_args>() - 64usize];
+    [
+        "Alignment of q3n_dequantize_args",
+    ][::core::mem::align_of::<q3n_dequantize_args>() - 8usize];
+    [
+        "Offset of field: q3n_dequantize_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_dequantize_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_dequantize_args::y",
+    ][::core::mem::offset_of!(q3n_dequantize_args, y) - 8usize];
+    [
+        "Offset of field: q3n_dequantize_args::x",
+    ][::core::mem::offset_of!(q3n_dequantize_args, x) - 16usize];
+    [
+        "Offset of field: q3n_dequantize_args::dtype",
+    ][::core::mem::offset_of!(q3n_dequantize_args, dtype) - 24usize];
+    [
+        "Offset of field: q3n_dequantize_args::y_row",
+    ][::core::mem::offset_of!(q3n_dequantize_args, y_row) - 32usize];
+    [
+        "Offset of field: q3n_dequantize_args::x_row",
+    ][::core::mem::offset_of!(q3n_dequantize_args, x_row) - 40usize];
+    [
+        "Offset of field: q3n_dequantize_args::rows",
+    ][::core::mem::offset_of!(q3n_dequantize_args, rows) - 48usize];
+    [
+        "Offset of field: q3n_dequantize_args::N",
+    ][::core::mem::offset_of!(q3n_dequantize_args, N) - 56usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_dequantize_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_dequantize_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_dequantize_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_dequantize_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_dequantize_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_dequantize_args,
@@ -1258,15 +1881,27 @@ pub struct q3n_dequantize_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_dequantize_variant"][::core::mem::size_of::<q3n_dequantize_variant>() - 40usize];
-    ["Alignment of q3n_dequantize_variant"][::core::mem::align_of::<q3n_dequantize_variant>() - 8usize];
-    ["Offset of field: q3n_dequantize_variant::name"][::core::mem::offset_of!(q3n_dequantize_variant, name) - 0usize];
-    ["Offset of field: q3n_dequantize_variant::isa"][::core::mem::offset_of!(q3n_dequantize_variant, isa) - 8usize];
-    ["Offset of field: q3n_dequantize_variant::items"]
-        [::core::mem::offset_of!(q3n_dequantize_variant, items) - 16usize];
-    ["Offset of field: q3n_dequantize_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_dequantize_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_dequantize_variant::run"][::core::mem::offset_of!(q3n_dequantize_variant, run) - 32usize];
+    [
+        "Size of q3n_dequantize_variant",
+    ][::core::mem::size_of::<q3n_dequantize_variant>() - 40usize];
+    [
+        "Alignment of q3n_dequantize_variant",
+    ][::core::mem::align_of::<q3n_dequantize_variant>() - 8usize];
+    [
+        "Offset of field: q3n_dequantize_variant::name",
+    ][::core::mem::offset_of!(q3n_dequantize_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_dequantize_variant::isa",
+    ][::core::mem::offset_of!(q3n_dequantize_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_dequantize_variant::items",
+    ][::core::mem::offset_of!(q3n_dequantize_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_dequantize_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_dequantize_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_dequantize_variant::run",
+    ][::core::mem::offset_of!(q3n_dequantize_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_dequantize_check(args: *const q3n_dequantize_args) -> q3n_status;
@@ -1278,7 +1913,9 @@ unsafe extern "C" {
     pub fn q3n_dequantize_variant_at(i: i64) -> *const q3n_dequantize_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_dequantize_best(args: *const q3n_dequantize_args) -> *const q3n_dequantize_variant;
+    pub fn q3n_dequantize_best(
+        args: *const q3n_dequantize_args,
+    ) -> *const q3n_dequantize_variant;
 }
 unsafe extern "C" {
     pub fn q3n_dequantize_run(
@@ -1305,24 +1942,45 @@ pub struct q3n_quantize_args {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of q3n_quantize_args"][::core::mem::size_of::<q3n_quantize_args>() - 64usize];
-    ["Alignment of q3n_quantize_args"][::core::mem::align_of::<q3n_quantize_args>() - 8usize];
-    ["Offset of field: q3n_quantize_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_quantize_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_quantize_args::y"][::core::mem::offset_of!(q3n_quantize_args, y) - 8usize];
-    ["Offset of field: q3n_quantize_args::x"][::core::mem::offset_of!(q3n_quantize_args, x) - 16usize];
-    ["Offset of field: q3n_quantize_args::dtype"][::core::mem::offset_of!(q3n_quantize_args, dtype) - 24usize];
-    ["Offset of field: q3n_quantize_args::y_row"][::core::mem::offset_of!(q3n_quantize_args, y_row) - 32usize];
-    ["Offset of field: q3n_quantize_args::x_row"][::core::mem::offset_of!(q3n_quantize_args, x_row) - 40usize];
-    ["Offset of field: q3n_quantize_args::rows"][::core::mem::offset_of!(q3n_quantize_args, rows) - 48usize];
-    ["Offset of field: q3n_quantize_args::N"][::core::mem::offset_of!(q3n_quantize_args, N) - 56usize];
+    [
+        "Alignment of q3n_quantize_args",
+    ][::core::mem::align_of::<q3n_quantize_args>() - 8usize];
+    [
+        "Offset of field: q3n_quantize_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_quantize_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_quantize_args::y",
+    ][::core::mem::offset_of!(q3n_quantize_args, y) - 8usize];
+    [
+        "Offset of field: q3n_quantize_args::x",
+    ][::core::mem::offset_of!(q3n_quantize_args, x) - 16usize];
+    [
+        "Offset of field: q3n_quantize_args::dtype",
+    ][::core::mem::offset_of!(q3n_quantize_args, dtype) - 24usize];
+    [
+        "Offset of field: q3n_quantize_args::y_row",
+    ][::core::mem::offset_of!(q3n_quantize_args, y_row) - 32usize];
+    [
+        "Offset of field: q3n_quantize_args::x_row",
+    ][::core::mem::offset_of!(q3n_quantize_args, x_row) - 40usize];
+    [
+        "Offset of field: q3n_quantize_args::rows",
+    ][::core::mem::offset_of!(q3n_quantize_args, rows) - 48usize];
+    [
+        "Offset of field: q3n_quantize_args::N",
+    ][::core::mem::offset_of!(q3n_quantize_args, N) - 56usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_quantize_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_quantize_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_quantize_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_quantize_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_quantize_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_quantize_args,
@@ -1334,14 +1992,27 @@ pub struct q3n_quantize_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_quantize_variant"][::core::mem::size_of::<q3n_quantize_variant>() - 40usize];
-    ["Alignment of q3n_quantize_variant"][::core::mem::align_of::<q3n_quantize_variant>() - 8usize];
-    ["Offset of field: q3n_quantize_variant::name"][::core::mem::offset_of!(q3n_quantize_variant, name) - 0usize];
-    ["Offset of field: q3n_quantize_variant::isa"][::core::mem::offset_of!(q3n_quantize_variant, isa) - 8usize];
-    ["Offset of field: q3n_quantize_variant::items"][::core::mem::offset_of!(q3n_quantize_variant, items) - 16usize];
-    ["Offset of field: q3n_quantize_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_quantize_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_quantize_variant::run"][::core::mem::offset_of!(q3n_quantize_variant, run) - 32usize];
+    [
+        "Size of q3n_quantize_variant",
+    ][::core::mem::size_of::<q3n_quantize_variant>() - 40usize];
+    [
+        "Alignment of q3n_quantize_variant",
+    ][::core::mem::align_of::<q3n_quantize_variant>() - 8usize];
+    [
+        "Offset of field: q3n_quantize_variant::name",
+    ][::core::mem::offset_of!(q3n_quantize_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_quantize_variant::isa",
+    ][::core::mem::offset_of!(q3n_quantize_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_quantize_variant::items",
+    ][::core::mem::offset_of!(q3n_quantize_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_quantize_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_quantize_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_quantize_variant::run",
+    ][::core::mem::offset_of!(q3n_quantize_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_quantize_check(args: *const q3n_quantize_args) -> q3n_status;
@@ -1353,7 +2024,9 @@ unsafe extern "C" {
     pub fn q3n_quantize_variant_at(i: i64) -> *const q3n_quantize_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_quantize_best(args: *const q3n_quantize_args) -> *const q3n_quantize_variant;
+    pub fn q3n_quantize_best(
+        args: *const q3n_quantize_args,
+    ) -> *const q3n_quantize_variant;
 }
 unsafe extern "C" {
     pub fn q3n_quantize_run(
@@ -1386,27 +2059,57 @@ pub struct q3n_rope_args {
 const _: () = {
     ["Size of q3n_rope_args"][::core::mem::size_of::<q3n_rope_args>() - 104usize];
     ["Alignment of q3n_rope_args"][::core::mem::align_of::<q3n_rope_args>() - 8usize];
-    ["Offset of field: q3n_rope_args::struct_bytes"][::core::mem::offset_of!(q3n_rope_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_rope_args::y"][::core::mem::offset_of!(q3n_rope_args, y) - 8usize];
-    ["Offset of field: q3n_rope_args::x"][::core::mem::offset_of!(q3n_rope_args, x) - 16usize];
-    ["Offset of field: q3n_rope_args::pos"][::core::mem::offset_of!(q3n_rope_args, pos) - 24usize];
-    ["Offset of field: q3n_rope_args::base"][::core::mem::offset_of!(q3n_rope_args, base) - 32usize];
-    ["Offset of field: q3n_rope_args::y_t"][::core::mem::offset_of!(q3n_rope_args, y_t) - 40usize];
-    ["Offset of field: q3n_rope_args::y_h"][::core::mem::offset_of!(q3n_rope_args, y_h) - 48usize];
-    ["Offset of field: q3n_rope_args::x_t"][::core::mem::offset_of!(q3n_rope_args, x_t) - 56usize];
-    ["Offset of field: q3n_rope_args::x_h"][::core::mem::offset_of!(q3n_rope_args, x_h) - 64usize];
-    ["Offset of field: q3n_rope_args::T"][::core::mem::offset_of!(q3n_rope_args, T) - 72usize];
-    ["Offset of field: q3n_rope_args::H"][::core::mem::offset_of!(q3n_rope_args, H) - 80usize];
-    ["Offset of field: q3n_rope_args::D"][::core::mem::offset_of!(q3n_rope_args, D) - 88usize];
-    ["Offset of field: q3n_rope_args::R"][::core::mem::offset_of!(q3n_rope_args, R) - 96usize];
+    [
+        "Offset of field: q3n_rope_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_rope_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_rope_args::y",
+    ][::core::mem::offset_of!(q3n_rope_args, y) - 8usize];
+    [
+        "Offset of field: q3n_rope_args::x",
+    ][::core::mem::offset_of!(q3n_rope_args, x) - 16usize];
+    [
+        "Offset of field: q3n_rope_args::pos",
+    ][::core::mem::offset_of!(q3n_rope_args, pos) - 24usize];
+    [
+        "Offset of field: q3n_rope_args::base",
+    ][::core::mem::offset_of!(q3n_rope_args, base) - 32usize];
+    [
+        "Offset of field: q3n_rope_args::y_t",
+    ][::core::mem::offset_of!(q3n_rope_args, y_t) - 40usize];
+    [
+        "Offset of field: q3n_rope_args::y_h",
+    ][::core::mem::offset_of!(q3n_rope_args, y_h) - 48usize];
+    [
+        "Offset of field: q3n_rope_args::x_t",
+    ][::core::mem::offset_of!(q3n_rope_args, x_t) - 56usize];
+    [
+        "Offset of field: q3n_rope_args::x_h",
+    ][::core::mem::offset_of!(q3n_rope_args, x_h) - 64usize];
+    [
+        "Offset of field: q3n_rope_args::T",
+    ][::core::mem::offset_of!(q3n_rope_args, T) - 72usize];
+    [
+        "Offset of field: q3n_rope_args::H",
+    ][::core::mem::offset_of!(q3n_rope_args, H) - 80usize];
+    [
+        "Offset of field: q3n_rope_args::D",
+    ][::core::mem::offset_of!(q3n_rope_args, D) - 88usize];
+    [
+        "Offset of field: q3n_rope_args::R",
+    ][::core::mem::offset_of!(q3n_rope_args, R) - 96usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_rope_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_rope_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_rope_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_rope_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_rope_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_rope_args,
@@ -1419,13 +2122,24 @@ pub struct q3n_rope_variant {
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     ["Size of q3n_rope_variant"][::core::mem::size_of::<q3n_rope_variant>() - 40usize];
-    ["Alignment of q3n_rope_variant"][::core::mem::align_of::<q3n_rope_variant>() - 8usize];
-    ["Offset of field: q3n_rope_variant::name"][::core::mem::offset_of!(q3n_rope_variant, name) - 0usize];
-    ["Offset of field: q3n_rope_variant::isa"][::core::mem::offset_of!(q3n_rope_variant, isa) - 8usize];
-    ["Offset of field: q3n_rope_variant::items"][::core::mem::offset_of!(q3n_rope_variant, items) - 16usize];
-    ["Offset of field: q3n_rope_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_rope_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_rope_variant::run"][::core::mem::offset_of!(q3n_rope_variant, run) - 32usize];
+    [
+        "Alignment of q3n_rope_variant",
+    ][::core::mem::align_of::<q3n_rope_variant>() - 8usize];
+    [
+        "Offset of field: q3n_rope_variant::name",
+    ][::core::mem::offset_of!(q3n_rope_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_rope_variant::isa",
+    ][::core::mem::offset_of!(q3n_rope_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_rope_variant::items",
+    ][::core::mem::offset_of!(q3n_rope_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_rope_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_rope_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_rope_variant::run",
+    ][::core::mem::offset_of!(q3n_rope_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_rope_check(args: *const q3n_rope_args) -> q3n_status;
@@ -1469,32 +2183,66 @@ pub struct q3n_solve_tri_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_solve_tri_args"][::core::mem::size_of::<q3n_solve_tri_args>() - 112usize];
-    ["Alignment of q3n_solve_tri_args"][::core::mem::align_of::<q3n_solve_tri_args>() - 8usize];
-    ["Offset of field: q3n_solve_tri_args::struct_bytes"]
-        [::core::mem::offset_of!(q3n_solve_tri_args, struct_bytes) - 0usize];
-    ["Offset of field: q3n_solve_tri_args::x"][::core::mem::offset_of!(q3n_solve_tri_args, x) - 8usize];
-    ["Offset of field: q3n_solve_tri_args::l"][::core::mem::offset_of!(q3n_solve_tri_args, l) - 16usize];
-    ["Offset of field: q3n_solve_tri_args::b"][::core::mem::offset_of!(q3n_solve_tri_args, b) - 24usize];
-    ["Offset of field: q3n_solve_tri_args::unit_diagonal"]
-        [::core::mem::offset_of!(q3n_solve_tri_args, unit_diagonal) - 32usize];
-    ["Offset of field: q3n_solve_tri_args::x_batch"][::core::mem::offset_of!(q3n_solve_tri_args, x_batch) - 40usize];
-    ["Offset of field: q3n_solve_tri_args::x_row"][::core::mem::offset_of!(q3n_solve_tri_args, x_row) - 48usize];
-    ["Offset of field: q3n_solve_tri_args::l_batch"][::core::mem::offset_of!(q3n_solve_tri_args, l_batch) - 56usize];
-    ["Offset of field: q3n_solve_tri_args::l_row"][::core::mem::offset_of!(q3n_solve_tri_args, l_row) - 64usize];
-    ["Offset of field: q3n_solve_tri_args::b_batch"][::core::mem::offset_of!(q3n_solve_tri_args, b_batch) - 72usize];
-    ["Offset of field: q3n_solve_tri_args::b_row"][::core::mem::offset_of!(q3n_solve_tri_args, b_row) - 80usize];
-    ["Offset of field: q3n_solve_tri_args::batch"][::core::mem::offset_of!(q3n_solve_tri_args, batch) - 88usize];
-    ["Offset of field: q3n_solve_tri_args::n"][::core::mem::offset_of!(q3n_solve_tri_args, n) - 96usize];
-    ["Offset of field: q3n_solve_tri_args::m"][::core::mem::offset_of!(q3n_solve_tri_args, m) - 104usize];
+    [
+        "Size of q3n_solve_tri_args",
+    ][::core::mem::size_of::<q3n_solve_tri_args>() - 112usize];
+    [
+        "Alignment of q3n_solve_tri_args",
+    ][::core::mem::align_of::<q3n_solve_tri_args>() - 8usize];
+    [
+        "Offset of field: q3n_solve_tri_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_solve_tri_args::x",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, x) - 8usize];
+    [
+        "Offset of field: q3n_solve_tri_args::l",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, l) - 16usize];
+    [
+        "Offset of field: q3n_solve_tri_args::b",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, b) - 24usize];
+    [
+        "Offset of field: q3n_solve_tri_args::unit_diagonal",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, unit_diagonal) - 32usize];
+    [
+        "Offset of field: q3n_solve_tri_args::x_batch",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, x_batch) - 40usize];
+    [
+        "Offset of field: q3n_solve_tri_args::x_row",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, x_row) - 48usize];
+    [
+        "Offset of field: q3n_solve_tri_args::l_batch",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, l_batch) - 56usize];
+    [
+        "Offset of field: q3n_solve_tri_args::l_row",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, l_row) - 64usize];
+    [
+        "Offset of field: q3n_solve_tri_args::b_batch",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, b_batch) - 72usize];
+    [
+        "Offset of field: q3n_solve_tri_args::b_row",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, b_row) - 80usize];
+    [
+        "Offset of field: q3n_solve_tri_args::batch",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, batch) - 88usize];
+    [
+        "Offset of field: q3n_solve_tri_args::n",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, n) - 96usize];
+    [
+        "Offset of field: q3n_solve_tri_args::m",
+    ][::core::mem::offset_of!(q3n_solve_tri_args, m) - 104usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_solve_tri_variant {
     pub name: *const ::core::ffi::c_char,
     pub isa: q3n_isa,
-    pub items: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_solve_tri_args) -> i64>,
-    pub scratch_bytes: ::core::option::Option<unsafe extern "C" fn(args: *const q3n_solve_tri_args) -> i64>,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_solve_tri_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_solve_tri_args) -> i64,
+    >,
     pub run: ::core::option::Option<
         unsafe extern "C" fn(
             args: *const q3n_solve_tri_args,
@@ -1506,14 +2254,27 @@ pub struct q3n_solve_tri_variant {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of q3n_solve_tri_variant"][::core::mem::size_of::<q3n_solve_tri_variant>() - 40usize];
-    ["Alignment of q3n_solve_tri_variant"][::core::mem::align_of::<q3n_solve_tri_variant>() - 8usize];
-    ["Offset of field: q3n_solve_tri_variant::name"][::core::mem::offset_of!(q3n_solve_tri_variant, name) - 0usize];
-    ["Offset of field: q3n_solve_tri_variant::isa"][::core::mem::offset_of!(q3n_solve_tri_variant, isa) - 8usize];
-    ["Offset of field: q3n_solve_tri_variant::items"][::core::mem::offset_of!(q3n_solve_tri_variant, items) - 16usize];
-    ["Offset of field: q3n_solve_tri_variant::scratch_bytes"]
-        [::core::mem::offset_of!(q3n_solve_tri_variant, scratch_bytes) - 24usize];
-    ["Offset of field: q3n_solve_tri_variant::run"][::core::mem::offset_of!(q3n_solve_tri_variant, run) - 32usize];
+    [
+        "Size of q3n_solve_tri_variant",
+    ][::core::mem::size_of::<q3n_solve_tri_variant>() - 40usize];
+    [
+        "Alignment of q3n_solve_tri_variant",
+    ][::core::mem::align_of::<q3n_solve_tri_variant>() - 8usize];
+    [
+        "Offset of field: q3n_solve_tri_variant::name",
+    ][::core::mem::offset_of!(q3n_solve_tri_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_solve_tri_variant::isa",
+    ][::core::mem::offset_of!(q3n_solve_tri_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_solve_tri_variant::items",
+    ][::core::mem::offset_of!(q3n_solve_tri_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_solve_tri_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_solve_tri_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_solve_tri_variant::run",
+    ][::core::mem::offset_of!(q3n_solve_tri_variant, run) - 32usize];
 };
 unsafe extern "C" {
     pub fn q3n_solve_tri_check(args: *const q3n_solve_tri_args) -> q3n_status;
@@ -1525,7 +2286,9 @@ unsafe extern "C" {
     pub fn q3n_solve_tri_variant_at(i: i64) -> *const q3n_solve_tri_variant;
 }
 unsafe extern "C" {
-    pub fn q3n_solve_tri_best(args: *const q3n_solve_tri_args) -> *const q3n_solve_tri_variant;
+    pub fn q3n_solve_tri_best(
+        args: *const q3n_solve_tri_args,
+    ) -> *const q3n_solve_tri_variant;
 }
 unsafe extern "C" {
     pub fn q3n_solve_tri_run(

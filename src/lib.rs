@@ -37,6 +37,7 @@
 
 #[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code)]
 #[allow(clippy::all)]
+#[rustfmt::skip]
 pub mod ffi;
 
 pub mod attention;

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::forward::{add_rows, project, Packed};
+use crate::ubatch::{add_rows, project, Packed};
 use crate::weights::Attention;
 use qwen3next_kernels::attention::{self, Kv};
 use qwen3next_kernels::{norm, rope, Exec, View, ViewMut};

@@ -2,7 +2,7 @@
 
 use crate::config::{Config, HeadMap};
 use crate::error::Error;
-use crate::forward::{add_rows, project, sigmoid, Packed};
+use crate::ubatch::{add_rows, project, sigmoid, Packed};
 use crate::weights::Delta;
 use qwen3next_kernels::gated_delta::{self, Gate, LogDecay};
 use qwen3next_kernels::{causal_conv, norm, Exec, View, ViewMut};

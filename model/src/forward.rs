@@ -6,9 +6,10 @@ use crate::delta_layer;
 use crate::error::Error;
 use crate::moe_layer;
 use crate::state::{LayerState, State};
-use crate::weights::{Mixer, Tensor, Weights};
+use crate::ubatch::{norm_rows, project, Packed};
+use crate::weights::{Mixer, Weights};
 use qwen3next_kernels::quant::dequantize;
-use qwen3next_kernels::{gated_delta, matmul, norm, Exec, Operator, Variant, View, ViewMut, Weight};
+use qwen3next_kernels::{gated_delta, Exec, Operator, Variant, ViewMut, Weight};
 
 /// Which implementation of the delta rule runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,26 +91,6 @@ struct Piece<'a> {
     slot: usize,
     tokens: &'a [u32],
     from: usize,
-}
-
-/// A ubatch as the layers see it: the tokens of all its sequences packed into one row.
-pub(crate) struct Packed {
-    /// Tokens.
-    pub tokens: usize,
-    /// `[B + 1]`: where each sequence's tokens start.
-    pub cu_seqlens: Vec<i64>,
-    /// `[B]`: state slot of each sequence.
-    pub slots: Vec<i64>,
-    /// `[T]`: position of each token in its sequence.
-    pub positions: Vec<i64>,
-    /// `[B]`: tokens in the sequence once these are read.
-    pub lengths: Vec<i64>,
-    /// Tokens a slot of the KV caches holds.
-    pub capacity: usize,
-    /// The states after every token are wanted, for a rollback.
-    pub steps: bool,
-    /// Variant of the delta rule, where not the one that dispatch picks.
-    pub delta: Exec<gated_delta::Op>,
 }
 
 /// A model ready to run.
@@ -328,35 +309,6 @@ fn unfused() -> Result<Variant<gated_delta::Op>, Error> {
         .into_iter()
         .find(|v| v.name().starts_with("unfused") && v.isa().available())
         .ok_or_else(|| Error::argument("fused_delta", "0 and 1 need the variant `unfused`, which is not built in"))
-}
-
-/// RMS norm of packed rows.
-pub(crate) fn norm_rows(y: &mut [f32], x: &[f32], width: usize, w: &[f32], eps: f32) -> Result<(), Error> {
-    let shape = [x.len() / width, 1, width];
-    let args =
-        norm::Args { y: ViewMut::new(y, shape)?, x: Some(View::new(x, shape)?), kind: norm::Kind::Rms(Some(w)), eps };
-    Ok(norm::run(args, &Exec::default())?)
-}
-
-/// y = x Wᵀ for packed rows.
-pub(crate) fn project(w: &Tensor, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
-    let rows = x.len() / w.cols().max(1);
-    let args = matmul::Args {
-        y: ViewMut::new(y, [rows, w.rows()])?,
-        x: View::new(x, [rows, w.cols()])?,
-        w: Weight::new(w.bytes(), w.dtype(), [w.rows(), w.cols()])?,
-    };
-    Ok(matmul::run(args, &Exec::default())?)
-}
-
-/// x += y.
-pub(crate) fn add_rows(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-}
-
-/// 1 / (1 + e⁻ˣ).
-pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 #[cfg(test)]

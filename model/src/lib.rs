@@ -33,6 +33,7 @@ pub mod safetensors;
 pub mod state;
 pub mod synth;
 pub mod tokenizer;
+mod ubatch;
 pub mod weights;
 pub mod whole;
 

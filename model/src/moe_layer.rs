@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::forward::{project, sigmoid};
+use crate::ubatch::{project, sigmoid};
 use crate::weights::{Ffn, Swiglu, Tensor};
 use qwen3next_kernels::moe::{self, Routing};
 use qwen3next_kernels::{Exec, View, ViewMut, Weight};

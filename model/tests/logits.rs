@@ -42,7 +42,7 @@ fn containers(folder: &Path) -> Vec<PathBuf> {
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        if name.ends_with(".gguf") && !(name.contains("-split-") && !name.contains("-00001-of-")) {
+        if name.ends_with(".gguf") && (!name.contains("-split-") || name.contains("-00001-of-")) {
             list.push(path);
         }
     }

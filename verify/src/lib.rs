@@ -3,11 +3,12 @@
 //!
 //! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
 //! and guarded arrays, [`suite`] runs it all and prints reproducers,
-//! [`timing`] measures variants side by side.
+//! [`timing`] measures variants side by side, [`drift`] follows the delta rule's error over long sequences.
 
 pub mod buffer;
 pub mod cases;
 pub mod compare;
+pub mod drift;
 pub mod reference;
 pub mod suite;
 pub mod timing;

@@ -24,6 +24,8 @@ enum Command {
     Verify(cli::verify::Args),
     /// Time the variants of an operator.
     Bench(cli::bench::Args),
+    /// Follow the delta rule's error over thousands of tokens, with f32 and bf16 states.
+    Drift(cli::drift::Args),
     /// Continue a text.
     Generate(cli::generate::Args),
     /// Write logits as .npy.
@@ -60,6 +62,7 @@ fn main() -> ExitCode {
         None => cli::tour::run(),
         Some(Command::Verify(args)) => cli::verify::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
+        Some(Command::Drift(args)) => cli::drift::run(args),
         Some(Command::Generate(args)) => cli::generate::run(args),
         Some(Command::Logits(args)) => cli::logits::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),

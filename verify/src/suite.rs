@@ -6,11 +6,13 @@
 use crate::compare::{Failure, Metrics};
 use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
-use qwen3next_kernels::{Isa, Operator, Variant};
+use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use rand::SeedableRng;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::RefCell;
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 /// The generator all inputs come from.
 pub type Rng = rand_chacha::ChaCha8Rng;
@@ -29,6 +31,31 @@ pub struct Check<S: Suite + ?Sized> {
     pub name: &'static str,
     /// Runs it.
     pub run: fn(&Variant<S::Op>, &S::Case, u64) -> Outcome,
+}
+
+/// Calls `each` with every way to run `variant` that must not change a bit: cut into 1 to 16 parts and into more parts
+/// than there are items, and as many parts as the library chooses, on pools of 1, 2, 3, 8 and 16 threads.
+pub fn everywhere<O: Operator>(
+    variant: &Variant<O>,
+    each: impl Fn(Exec<O>) -> Result<(), Failure> + Sync,
+) -> Result<(), Failure> {
+    static POOLS: OnceLock<Vec<ThreadPool>> = OnceLock::new();
+    let pools = POOLS.get_or_init(|| {
+        let pool = |n| ThreadPoolBuilder::new().num_threads(n).build().expect("a pool of a few threads");
+        [1, 2, 3, 8, 16].map(pool).into()
+    });
+    for (i, pool) in pools.iter().enumerate() {
+        pool.install(|| {
+            each(Exec::variant(*variant))?;
+            // Every number of parts on one of the pools; all of them together see all numbers.
+            (1..=16)
+                .chain([1 << 16])
+                .skip(i)
+                .step_by(pools.len())
+                .try_for_each(|n| each(Exec::variant(*variant).parts(n)))
+        })?;
+    }
+    Ok(())
 }
 
 /// The cases and checks of one operator.

@@ -4,7 +4,7 @@ use super::{normal, wide};
 use crate::buffer::{Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32};
 use crate::reference::{causal_conv as reference, norm::silu};
-use crate::suite::{rng, Check, Outcome, Suite};
+use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
 use ndarray::{ArrayView1, ArrayView2};
 use proptest::prelude::*;
@@ -371,7 +371,7 @@ fn isolation(variant: &Variant<causal_conv::Op>, case: &Case, seed: u64) -> Outc
     Ok(Some(Metrics::default()))
 }
 
-/// Any cut, any strides, one pool or two: the same bits.
+/// Any cut over any number of threads, any strides, one pool or two: the same bits.
 fn cuts(variant: &Variant<causal_conv::Op>, case: &Case, seed: u64) -> Outcome {
     let mut problem = Problem::generate(case, seed);
     let want = problem.call(&Exec::variant(*variant).parts(1))?;
@@ -380,9 +380,7 @@ fn cuts(variant: &Variant<causal_conv::Op>, case: &Case, seed: u64) -> Outcome {
         bitwise("state_out", &got.pool.unwrap_or_default(), want.pool.as_deref().unwrap_or(&[]))?;
         bitwise("snapshots", &got.snapshots.unwrap_or_default(), want.snapshots.as_deref().unwrap_or(&[]))
     };
-    for parts in [2, 3, 7] {
-        same(problem.call(&Exec::variant(*variant).parts(parts))?)?;
-    }
+    everywhere(variant, |exec| same(problem.call(&exec)?))?;
     for &layout in Layout::ALL {
         problem.case.layout = layout;
         same(problem.call(&Exec::variant(*variant))?)?;

@@ -1,14 +1,16 @@
 //! Gated delta rule: the bound against the token loop on every shape, layout and regime, and what must hold bit for bit.
 
 use crate::buffer::{Input, Layout, Output};
-use crate::compare::{bitwise, compare, Failure, Metrics};
-use crate::reference::gated_delta::{bounds, Bounds, Form, Head, Trace};
-use crate::suite::{rng, Check, Outcome, Rng, Suite};
+use crate::compare::{bitwise, compare, Failure, Metrics, U32};
+use crate::drift;
+use crate::reference::gated_delta::{bounds, Bounds, Form, Head, Trace, EXP};
+use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, Axis};
 use proptest::prelude::*;
 use qwen3next_kernels::gated_delta::{self, Gate, HeadMap, LogDecay, State};
-use qwen3next_kernels::{Exec, Variant, View, ViewMut};
+use qwen3next_kernels::{Exec, Operator, Variant, View, ViewMut};
+use rand::seq::SliceRandom;
 use rand::Rng as _;
 
 choice! {
@@ -193,8 +195,8 @@ pub struct Inputs {
 
 fn unit_vector(rng: &mut Rng, n: usize) -> Vec<f64> {
     let x: Vec<f64> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
-    let norm = x.iter().map(|x| x * x).sum::<f64>().sqrt().max(1e-3);
-    x.into_iter().map(|x| x / norm).collect()
+    let norm = x.iter().map(|x| x * x).sum::<f64>().sqrt();
+    x.into_iter().map(|x| if norm > 0.0 { x / norm } else { x }).collect()
 }
 
 fn draw_decay(rng: &mut Rng, regime: Regime) -> f32 {
@@ -489,16 +491,14 @@ fn reference(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outc
     judge(case, &inputs, Form::of(variant.name()), 0).compare(case, &got).map(Some)
 }
 
-/// Any cut over any number of parts, and any run, gives the same bits.
+/// Any cut over any number of parts and threads, and any run, gives the same bits.
 fn cuts(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     if case.work() > PROPERTY_WORK {
         return Ok(None);
     }
     let inputs = Inputs::generate(case, seed);
     let want = call(&exec(variant).parts(1), case, &inputs)?;
-    for parts in [1, 2, 3, 7, 16] {
-        all_bitwise("cut", &call(&exec(variant).parts(parts), case, &inputs)?, &want)?;
-    }
+    everywhere(variant, |exec| all_bitwise("cut", &call(&exec, case, &inputs)?, &want))?;
     passed()
 }
 
@@ -1023,6 +1023,388 @@ fn norms(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     passed()
 }
 
+/// β = 0: the state only decays, whatever the keys and values are.
+fn decay(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if !case.has_state_in() || case.work() > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let mut inputs = Inputs::generate(case, seed);
+    inputs.beta.fill(0.0);
+    let got = call(&exec(variant), case, &inputs)?;
+    let mut other = inputs.clone();
+    other.v.iter_mut().for_each(|v| *v = 3.0 - *v);
+    other.k.reverse();
+    let again = call(&exec(variant), case, &other)?;
+    same_values("o with other keys and values", &again.o, &got.o)?;
+    same_values("state with other keys and values", &again.state, &got.state)?;
+
+    let (mut want, mut bound) = (vec![], vec![]);
+    for i in 0..case.b * case.hv {
+        let head = inputs.head(case, i / case.hv, i % case.hv);
+        let (tokens, total) = (case.len(i / case.hv) as f64, head.g.sum_axis(Axis(0)).mapv(f64::exp));
+        let state = &head.state * &total;
+        // A rounded exponential and a product a token; under the normal range half of 2⁻¹⁴⁹ each.
+        bound.extend(
+            state
+                .iter()
+                .zip(&head.state)
+                .map(|(w, s)| 1.001 * tokens * ((EXP + U32) * w.abs() + 2f64.powi(-149) * (1.0 + s.abs()))),
+        );
+        want.extend(state);
+    }
+    only_bound(compare("state", &got.state, &want, &bound, case.v * case.k))
+}
+
+/// Of a comparison between two kernels only the multiple of the bound is worth a report.
+fn only_bound(metrics: Result<Metrics, Failure>) -> Outcome {
+    metrics.map(|m| Some(Metrics { bound_multiple: m.bound_multiple, ..Metrics::default() }))
+}
+
+/// `n` orthonormal vectors of `k` ≥ n channels, rounded to f32.
+fn orthonormal_vectors(rng: &mut Rng, n: usize, k: usize) -> Vec<Vec<f32>> {
+    let mut basis: Vec<Vec<f64>> = vec![];
+    while basis.len() < n {
+        let mut x = unit_vector(rng, k);
+        // Twice is enough (Kahan), unless little was left: then another one.
+        for _ in 0..2 {
+            for b in &basis {
+                let dot: f64 = x.iter().zip(b).map(|(x, b)| x * b).sum();
+                x.iter_mut().zip(b).for_each(|(x, b)| *x -= dot * b);
+            }
+            let norm = x.iter().map(|x| x * x).sum::<f64>().sqrt();
+            x.iter_mut().for_each(|x| *x /= norm);
+        }
+        let left = basis.iter().all(|b| {
+            let dot: f64 = x.iter().zip(b).map(|(x, b)| x * b).sum();
+            dot.abs() <= k as f64 * f64::EPSILON
+        });
+        if left && x.iter().all(|x| x.is_finite()) {
+            basis.push(x);
+        }
+    }
+    basis.into_iter().map(|x| x.into_iter().map(|x| x as f32).collect()).collect()
+}
+
+/// No gate, β = 1, unit keys: orthonormal keys each read back what was written with them, after all were written; one
+/// key written again and again reads the last value. Up to the bound, and to how far rounded keys are from orthonormal:
+/// the value read with k_j is off by Σ_{i≥j} u_i (k_i·k_j − δ_ij).
+fn orthonormal(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    let n = case.t.min(case.k);
+    if n == 0 || case.work() > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let case = Case {
+        t: 2 * n,
+        rows: Rows::Dense,
+        gate: GateKind::Absent,
+        l2norm: false,
+        state: StateKind::Zero,
+        snapshots: false,
+        ..case.clone()
+    };
+    let mut inputs = Inputs { scale: 1.0, ..Inputs::generate(&case, seed) };
+    // The first n tokens write, the others only read.
+    inputs.beta.iter_mut().enumerate().for_each(|(i, b)| *b = f32::from(u8::from(i / case.hv % case.t < n)));
+    let basis = orthonormal_vectors(&mut rng(seed ^ 1), n, case.k);
+    let mut worst = Metrics::default();
+    for repeated in [false, true] {
+        let key = |t: usize| if repeated { &basis[0] } else { &basis[t % n] };
+        // The token whose value is read at token t.
+        let read = |t: usize| if repeated { t.min(n - 1) } else { t % n };
+        for x in [&mut inputs.k, &mut inputs.q] {
+            for (i, x) in x.chunks_mut(case.k).enumerate() {
+                x.copy_from_slice(key(i / case.hk % case.t));
+            }
+        }
+        let overlap = |i: usize, j: usize| {
+            let dot: f64 = key(i).iter().zip(key(j)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            (dot - f64::from(u8::from(i == j))).abs()
+        };
+        let got = call(&exec(variant), &case, &inputs)?;
+        let judged = judge(&case, &inputs, Form::of(variant.name()), 0);
+        let us: Vec<Array2<f64>> =
+            (0..case.b * case.hv).map(|i| inputs.head(&case, i / case.hv, i % case.hv).recurrent().u).collect();
+        let (mut want, mut bound) = (vec![], vec![]);
+        for (i, judged) in judged.o_bound.iter().enumerate() {
+            let (b, t, h, j) =
+                (i / (case.t * case.hv * case.v), i / (case.hv * case.v) % case.t, i / case.v % case.hv, i % case.v);
+            let from = read(t);
+            want.push(f64::from(inputs.v[((b * case.t + from) * case.hv + h) * case.v + j]));
+            let u = &us[b * case.hv + h];
+            bound.push(judged + (from..=t.min(n - 1)).map(|i| u[[i, j]].abs() * overlap(i, from)).sum::<f64>());
+        }
+        worst = worst.worst(compare("value read", &got.o, &want, &bound, case.v)?);
+    }
+    only_bound(Ok(worst))
+}
+
+/// `got` against the combination `want` of other outputs, within the sum of all their bounds.
+fn combined(
+    case: &Case,
+    got: &Outputs,
+    want: impl Fn(fn(&Outputs) -> &Vec<f32>) -> Vec<f64>,
+    bounds: &[Judged],
+) -> Result<Metrics, Failure> {
+    let sum = |of: fn(&Judged) -> &Vec<f64>| -> Vec<f64> {
+        (0..of(&bounds[0]).len()).map(|i| bounds.iter().map(|b| of(b)[i]).sum()).collect()
+    };
+    let state = case.v * case.k;
+    let o = compare("o", &got.o, &want(|x| &x.o), &sum(|j| &j.o_bound), case.v)?;
+    let s = compare("state", &got.state, &want(|x| &x.state), &sum(|j| &j.state_bound), state)?;
+    let p = compare("snapshots", &got.snapshots, &want(|x| &x.snapshots), &sum(|j| &j.snapshots_bound), state)?;
+    Ok(o.worst(s).worst(p))
+}
+
+/// Linear in (v, S₀) jointly: the sum of two problems, exact in f32, gives the sum of their results.
+fn linearity(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.work() > PROPERTY_WORK / 4 {
+        return Ok(None);
+    }
+    // Multiples of 2⁻¹⁰ below 64: sums are exact.
+    let coarse = |x: &[f32]| x.iter().map(|x| (x * 1024.0).round() / 1024.0).collect::<Vec<f32>>();
+    let first = Inputs::generate(case, seed);
+    let other = Inputs::generate(case, seed ^ 1);
+    let x = Inputs { v: coarse(&first.v), state: coarse(&first.state), ..first.clone() };
+    let y = Inputs { v: coarse(&other.v), state: coarse(&other.state), ..first };
+    let add = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| x + y).collect::<Vec<f32>>();
+    let z = Inputs { v: add(&x.v, &y.v), state: add(&x.state, &y.state), ..x.clone() };
+    let form = Form::of(variant.name());
+    let bounds = [&x, &y, &z].map(|inputs| judge(case, inputs, form, 0));
+    let [x, y, z] = [call(&exec(variant), case, &x)?, call(&exec(variant), case, &y)?, call(&exec(variant), case, &z)?];
+    let sum =
+        |of: fn(&Outputs) -> &Vec<f32>| of(&x).iter().zip(of(&y)).map(|(x, y)| f64::from(*x) + f64::from(*y)).collect();
+    only_bound(combined(case, &z, sum, &bounds))
+}
+
+/// Fours of channels in every row of `k` channels through half of a Hadamard matrix: orthogonal, its own inverse, and
+/// exact on values of few bits.
+fn rotated(x: &[f32], k: usize) -> Vec<f32> {
+    let mut y = x.to_vec();
+    for row in y.chunks_mut(k.max(1)) {
+        for c in row.chunks_exact_mut(4) {
+            let [p, q, r, s] = [c[0] + c[1], c[0] - c[1], c[2] + c[3], c[2] - c[3]];
+            c.copy_from_slice(&[(p + r) / 2.0, (q + s) / 2.0, (p - r) / 2.0, (q - s) / 2.0]);
+        }
+    }
+    y
+}
+
+/// (q, k, S₀) turned by an orthogonal map of the key channels: o stays and S turns. A change of the signs of some
+/// channels does so bit for bit, a rotation within the bounds of both calls.
+fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.k == 0 || case.work() > PROPERTY_WORK / 2 {
+        return Ok(None);
+    }
+    let mut inputs = Inputs::generate(case, seed);
+    let base = call(&exec(variant), case, &inputs)?;
+    let mut draw = rng(seed ^ 1);
+    let signs: Vec<f32> = (0..case.k).map(|_| if draw.random() { -1.0 } else { 1.0 }).collect();
+    let flip = |x: &[f32]| x.iter().enumerate().map(|(i, x)| x * signs[i % case.k]).collect::<Vec<f32>>();
+    let turned = Inputs { q: flip(&inputs.q), k: flip(&inputs.k), state: flip(&inputs.state), ..inputs.clone() };
+    let got = call(&exec(variant), case, &turned)?;
+    same_values("o with signs of channels changed", &got.o, &base.o)?;
+    same_values("S with signs of channels changed", &got.state, &flip(&base.state))?;
+    same_values("snapshots with signs of channels changed", &got.snapshots, &flip(&base.snapshots))?;
+
+    // Multiples of 2⁻¹⁴ below 16, and one decay for the four channels that mix.
+    let coarse = |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 16384.0).round() / 16384.0);
+    [&mut inputs.q, &mut inputs.k, &mut inputs.state].into_iter().for_each(coarse);
+    if case.gate == GateKind::Channel {
+        for row in inputs.g.chunks_mut(case.k) {
+            row.chunks_exact_mut(4).for_each(|g| g.fill(g[0]));
+        }
+    }
+    let turn = |x: &[f32]| rotated(x, case.k);
+    let turned = Inputs { q: turn(&inputs.q), k: turn(&inputs.k), state: turn(&inputs.state), ..inputs.clone() };
+    let form = Form::of(variant.name());
+    let bounds = [judge(case, &inputs, form, 0), judge(case, &turned, form, 0)];
+    let (base, got) = (call(&exec(variant), case, &inputs)?, call(&exec(variant), case, &turned)?);
+    // Turning the computed state rounds it: one addition, two at most, of numbers up to twice its size.
+    let mut back = Outputs { o: got.o, state: turn(&got.state), snapshots: turn(&got.snapshots) };
+    let mut bounds = bounds.to_vec();
+    let largest = |x: &[f32]| x.iter().fold(0.0f64, |m, &x| m.max(f64::from(x).abs()));
+    let rounding = 4.0 * U32 * largest(&back.state).max(largest(&back.snapshots)) * 2.0;
+    bounds[0].state_bound.iter_mut().for_each(|b| *b += rounding);
+    bounds[0].snapshots_bound.iter_mut().for_each(|b| *b += rounding);
+    if !case.has_state_out() {
+        back.state.clear();
+    }
+    let want = |of: fn(&Outputs) -> &Vec<f32>| of(&base).iter().map(|&x| f64::from(x)).collect();
+    only_bound(combined(case, &back, want, &bounds))
+}
+
+/// The forms of the rule (token by token, chunks of any size, U and W) agree: this variant and the next one of the list
+/// are within both bounds of each other.
+fn agree(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.work() > PROPERTY_WORK / 2 {
+        return Ok(None);
+    }
+    let all: Vec<_> = gated_delta::Op::variants().into_iter().filter(|v| v.isa().available()).collect();
+    let at = all.iter().position(|v| v.name() == variant.name()).map_or(0, |i| (i + 1) % all.len());
+    let inputs = Inputs::generate(case, seed);
+    let bounds = [variant.name(), all[at].name()].map(|name| judge(case, &inputs, Form::of(name), 0));
+    let (got, other) = (call(&exec(variant), case, &inputs)?, call(&exec(&all[at]), case, &inputs)?);
+    let want = |of: fn(&Outputs) -> &Vec<f32>| of(&other).iter().map(|&x| f64::from(x)).collect();
+    only_bound(combined(case, &got, want, &bounds))
+}
+
+/// Which entries of a pool of which size the sequences use changes no bit, nor does it that all start from one entry.
+fn slot_ids(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.b == 0 || case.state == StateKind::Dropped || case.work() > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let case = Case { slots: true, ..case.clone() };
+    let mut inputs = Inputs::generate(&case, seed);
+    let want = call(&exec(variant), &case, &inputs)?;
+    let mut draw = rng(seed ^ 1);
+    inputs.slots = case.b + draw.random_range(0..40);
+    let mut entries = || {
+        let mut all: Vec<i64> = (0..inputs.slots as i64).collect();
+        all.shuffle(&mut draw);
+        all.truncate(case.b);
+        all
+    };
+    inputs.slot_out = entries();
+    inputs.slot_in = if case.state == StateKind::InPlace { inputs.slot_out.clone() } else { entries() };
+    all_bitwise("other slots", &call(&exec(variant), &case, &inputs)?, &want)?;
+
+    if case.state == StateKind::InOut {
+        let first = inputs.state[..case.state_len()].to_vec();
+        inputs.state = first.repeat(case.b);
+        let apart = call(&exec(variant), &case, &inputs)?;
+        inputs.slot_in = vec![inputs.slot_in[0]; case.b];
+        all_bitwise("one slot to start from", &call(&exec(variant), &case, &inputs)?, &apart)?;
+    }
+    passed()
+}
+
+/// A sequence alone gives the bits it gives in a batch or among packed sequences.
+fn alone(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.b < 2 && case.rows == Rows::Dense || case.work() > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let inputs = Inputs::generate(case, seed);
+    let all = call(&exec(variant), case, &inputs)?;
+    for b in 0..case.b {
+        let (from, n) = (case.start(b), case.len(b));
+        let cut = |x: &[f32], width: usize| x[from * width..(from + n) * width].to_vec();
+        let one = Case { b: 1, t: n, rows: Rows::Dense, slots: false, ..case.clone() };
+        let state = b * case.state_len()..(b + 1) * case.state_len();
+        let alone = Inputs {
+            q: cut(&inputs.q, case.hk * case.k),
+            k: cut(&inputs.k, case.hk * case.k),
+            v: cut(&inputs.v, case.hv * case.v),
+            g: cut(&inputs.g, case.hv * case.width()),
+            beta: cut(&inputs.beta, case.hv),
+            state: inputs.state[state.clone()].to_vec(),
+            slot_in: vec![0],
+            slot_out: vec![0],
+            slots: 1,
+            scale: inputs.scale,
+        };
+        let want = Outputs {
+            o: cut(&all.o, case.hv * case.v),
+            state: if case.has_state_out() { all.state[state].to_vec() } else { vec![] },
+            snapshots: if case.snapshots { cut(&all.snapshots, case.state_len()) } else { vec![] },
+        };
+        all_bitwise("a sequence alone", &call(&exec(variant), &one, &alone)?, &want)?;
+    }
+    passed()
+}
+
+/// Speculation: drafted tokens that are thrown away leave no trace. The state goes back to a snapshot and the right
+/// tokens follow: what they give is what they would have given at once (bit for bit token by token).
+fn rollback(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.rows != Rows::Dense || case.t < 2 || case.b == 0 || case.work() > PROPERTY_WORK / 2 {
+        return Ok(None);
+    }
+    let case = Case { snapshots: true, state: StateKind::InPlace, ..case.clone() };
+    let inputs = Inputs::generate(&case, seed);
+    let at = 1 + pick(seed, case.t - 1);
+    let mut draft = inputs.clone();
+    let spoil = |x: &mut [f32], width: usize| {
+        for b in 0..case.b {
+            x[(b * case.t + at) * width..(b + 1) * case.t * width].iter_mut().for_each(|x| *x = 1.0 - *x / 2.0);
+        }
+    };
+    spoil(&mut draft.v, case.hv * case.v);
+    spoil(&mut draft.q, case.hk * case.k);
+    spoil(&mut draft.beta, case.hv);
+    let drafted = call(&exec(variant), &case, &draft)?;
+
+    let n = case.state_len();
+    let (tail, mut tail_inputs) = slice(&case, &inputs, at, case.t);
+    tail_inputs.state =
+        (0..case.b).flat_map(|b| &drafted.snapshots[(b * case.t + at - 1) * n..][..n]).copied().collect();
+    let replayed = call(&exec(variant), &tail, &tail_inputs)?;
+    let (head, head_inputs) = slice(&case, &inputs, 0, at);
+    let first = call(&exec(variant), &head, &head_inputs)?;
+    let got = join(&case, at, &first, replayed);
+    if is_recurrent(variant) {
+        all_bitwise("after a rollback", &got, &call(&exec(variant), &case, &inputs)?)?;
+        return passed();
+    }
+    judge(&case, &inputs, Form::of(variant.name()), at).compare(&case, &got).map(Some)
+}
+
+/// Matrix products in the dense form grow with K³ a token: up to this much.
+const DENSE_WORK: usize = 40_000_000;
+
+/// The final state against the second oracle S₀ Φ + Ψ, which knows no u; both oracles against each other.
+fn dense(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if !case.has_state_out() || case.tokens() * case.hv * case.k.pow(3) > DENSE_WORK {
+        return Ok(None);
+    }
+    let inputs = Inputs::generate(case, seed);
+    let got = call(&exec(variant), case, &inputs)?;
+    let mut judged = judge(case, &inputs, Form::of(variant.name()), 0);
+    let mut at = 0;
+    for i in 0..case.b * case.hv {
+        let head = inputs.head(case, i / case.hv, i % case.hv);
+        let (dense, error) = (head.dense(), head.dense_error());
+        for (row, &error) in dense.rows().into_iter().zip(&error) {
+            for &x in row {
+                let within = (judged.state[at] - x).abs() <= error;
+                if !within {
+                    return Err(Failure::new(format!(
+                        "state[{at}]: the token loop has {:e}, the dense form {x:e}, bound {error:e}",
+                        judged.state[at]
+                    )));
+                }
+                judged.state[at] = x;
+                judged.state_bound[at] += error;
+                at += 1;
+            }
+        }
+    }
+    compare("state", &got.state, &judged.state, &judged.state_bound, case.v * case.k).map(Some)
+}
+
+/// 4,096 tokens in calls of 64: the state stays within what independent roundings leave of float64.
+fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.t < drift::QUICK {
+        return Ok(None);
+    }
+    let runner = drift::Runner { variant: *variant, state: drift::Store::F32, step: drift::STEP, tokens: drift::QUICK };
+    let mut bound_multiple = 0.0f64;
+    for (head, curve) in drift::run(drift::QUICK, case.k, seed, &[runner])?.iter().enumerate() {
+        for p in &curve.points {
+            let within = p.state <= p.bound;
+            if !within {
+                return Err(Failure::new(format!(
+                    "{} after {} tokens: the state is off by {:e} of its norm, bound {:e}",
+                    drift::HEADS[head],
+                    p.tokens,
+                    p.state,
+                    p.bound
+                )));
+            }
+            bound_multiple = bound_multiple.max(p.state / p.bound);
+        }
+    }
+    Ok(Some(Metrics { bound_multiple, ..Metrics::default() }))
+}
+
 /// The suite.
 pub struct GatedDelta;
 
@@ -1077,6 +1459,7 @@ impl Suite for GatedDelta {
         grid.push(base.clone());
         grid.push(Case { t: 65, gate: GateKind::Channel, regime: Regime::Parallel, l2norm: false, ..base.clone() });
         grid.push(Case { t: 4096, k: 32, v: 16, hv: 1, regime: Regime::Parallel, ..base.clone() });
+        grid.push(Case { t: 4096, hk: 2, hv: 6, k: 16, v: 8, ..base.clone() });
         grid.push(Case { t: 5, k: 0, ..base.clone() });
         grid.push(Case { t: 5, v: 0, ..base.clone() });
         grid.push(Case { t: 5, hk: 0, hv: 0, ..base.clone() });
@@ -1119,7 +1502,17 @@ impl Suite for GatedDelta {
             Check { name: "gates", run: gates },
             Check { name: "forgetting", run: forgetting },
             Check { name: "recall", run: recall },
+            Check { name: "orthonormal", run: orthonormal },
             Check { name: "norms", run: norms },
+            Check { name: "decay", run: decay },
+            Check { name: "linearity", run: linearity },
+            Check { name: "rotation", run: rotation },
+            Check { name: "agree", run: agree },
+            Check { name: "slot_ids", run: slot_ids },
+            Check { name: "alone", run: alone },
+            Check { name: "rollback", run: rollback },
+            Check { name: "dense", run: dense },
+            Check { name: "drift", run: drift },
         ]
     }
 }

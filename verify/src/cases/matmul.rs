@@ -4,7 +4,7 @@ use crate::buffer::{Input, Layout, Output};
 use crate::cases::quant::{Blocks, Type, NAN_BYTE};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics};
 use crate::reference::{matmul as reference, quant};
-use crate::suite::{rng, Check, Outcome, Suite};
+use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
 use ndarray::ArrayView2;
 use proptest::prelude::*;
@@ -142,13 +142,11 @@ fn rows_alone(variant: &Variant<matmul::Op>, case: &Case, seed: u64) -> Outcome 
     Ok(Some(Metrics::default()))
 }
 
-/// Any cut over any number of parts gives the same bits.
+/// Any cut over any number of parts and threads gives the same bits.
 fn cuts(variant: &Variant<matmul::Op>, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let whole = multiply(&Exec::variant(*variant).parts(1), case, &inputs)?;
-    for parts in [2, 3, 7] {
-        bitwise("cut", &multiply(&Exec::variant(*variant).parts(parts), case, &inputs)?, &whole)?;
-    }
+    everywhere(variant, |exec| bitwise("cut", &multiply(&exec, case, &inputs)?, &whole))?;
     Ok(Some(Metrics::default()))
 }
 

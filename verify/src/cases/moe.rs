@@ -4,12 +4,12 @@ use crate::buffer::{Input, Layout, Output, POISON};
 use crate::cases::quant::{Blocks, Type, NAN_BYTE};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32, U32};
 use crate::reference::{moe as reference, quant};
-use crate::suite::{rng, Check, Outcome, Rng, Suite};
+use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
 use ndarray::{ArrayView1, ArrayView2};
 use proptest::prelude::*;
 use qwen3next_kernels::moe::{self, down, group, route, up, Execs, Routing};
-use qwen3next_kernels::{Error, Exec, Variant, Weight};
+use qwen3next_kernels::{matmul, DType, Error, Exec, Operator, Variant, View, ViewMut, Weight};
 use rand::seq::SliceRandom;
 use rand::Rng as _;
 
@@ -103,15 +103,15 @@ fn routed_reference(variant: &Variant<route::Op>, case: &RouteCase, seed: u64) -
     compare("weights", &weights, &want, &bounds, case.top_k).map(Some)
 }
 
-/// Any cut over any number of parts, and a token alone, give the same bits.
+/// Any cut over any number of parts and threads, and a token alone, give the same bits.
 fn routed_cuts(variant: &Variant<route::Op>, case: &RouteCase, seed: u64) -> Outcome {
     let logits = logits(case, seed);
     let (ids, weights) = routed(&Exec::variant(*variant).parts(1), case, &logits)?;
-    for parts in [2, 3, 7] {
-        let (i, w) = routed(&Exec::variant(*variant).parts(parts), case, &logits)?;
+    everywhere(variant, |exec| {
+        let (i, w) = routed(&exec, case, &logits)?;
         same_ids("cut: ids", &i, &ids)?;
-        bitwise("cut: weights", &w, &weights)?;
-    }
+        bitwise("cut: weights", &w, &weights)
+    })?;
     let one = RouteCase { t: 1, ..case.clone() };
     for (t, token) in logits.chunks(case.e).enumerate() {
         let (i, w) = routed(&Exec::variant(*variant), &one, token)?;
@@ -222,6 +222,8 @@ choice! {
         One = "one",
         /// Any experts, the same one several times in a token.
         Duplicates = "duplicates",
+        /// Distinct experts, a few of which take most tokens.
+        Skewed = "skewed",
     }
 }
 
@@ -230,10 +232,19 @@ fn crowd_ids(crowd: Crowd, t: usize, e: usize, top_k: usize, rng: &mut Rng) -> V
     let mut experts: Vec<i32> = (0..e as i32).collect();
     let mut ids = Vec::with_capacity(t * top_k);
     for _ in 0..t {
-        experts.shuffle(rng);
+        if crowd == Crowd::Skewed {
+            // In turn, each place goes to the first expert left with odds of a half, else to the next one likewise.
+            experts.sort_unstable();
+            for c in 0..top_k.min(e) {
+                let skip = rng.random::<u32>().trailing_zeros() as usize;
+                experts[c..].rotate_left(skip.min(e - c - 1));
+            }
+        } else {
+            experts.shuffle(rng);
+        }
         // Distinct as far as there are experts.
         ids.extend((0..top_k).map(|c| match crowd {
-            Crowd::Random => experts[c % e],
+            Crowd::Random | Crowd::Skewed => experts[c % e],
             Crowd::One => one,
             Crowd::Duplicates => experts[c / 2 % e],
         }));
@@ -256,22 +267,39 @@ case! {
 }
 
 /// Order and offsets, beside what the call returned.
-fn grouped(variant: &Variant<group::Op>, case: &GroupCase, ids: &[i32]) -> (Result<(), Error>, Vec<i64>, Vec<i64>) {
+fn grouped(exec: Exec<group::Op>, case: &GroupCase, ids: &[i32]) -> (Result<(), Error>, Vec<i64>, Vec<i64>) {
     let (mut order, mut offsets) = (vec![i64::MIN; ids.len()], vec![i64::MIN; case.e + 1]);
     let args = group::Args { order: &mut order, offsets: &mut offsets, ids, top_k: case.top_k };
-    let result = group::run(args, &Exec::variant(*variant));
+    let result = group::run(args, &exec);
     (result, order, offsets)
 }
 
 /// The stable sort by expert.
 fn grouped_reference(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> Outcome {
     let ids = crowd_ids(case.crowd, case.t, case.e, case.top_k, &mut rng(seed));
-    let (result, order, offsets) = grouped(variant, case, &ids);
+    let (result, order, offsets) = grouped(Exec::variant(*variant), case, &ids);
     result?;
     let (got, want) = ((order, offsets), reference::group(&ids, case.e));
     if got != want {
         return Err(Failure::new(format!("ids {ids:?}: got {got:?}, expected {want:?}")));
     }
+    PASSED
+}
+
+/// Any number of parts and threads, and any run, gives the same grouping.
+fn grouped_cuts(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> Outcome {
+    let ids = crowd_ids(case.crowd, case.t, case.e, case.top_k, &mut rng(seed));
+    let (result, order, offsets) = grouped(Exec::variant(*variant), case, &ids);
+    result?;
+    everywhere(variant, |exec| {
+        let (result, o, f) = grouped(exec, case, &ids);
+        result?;
+        if o == order && f == offsets {
+            Ok(())
+        } else {
+            Err(Failure::new(format!("ids {ids:?}: got {o:?} and {f:?}, before {order:?} and {offsets:?}")))
+        }
+    })?;
     PASSED
 }
 
@@ -284,7 +312,7 @@ fn grouped_bad_id(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> 
     let at = seed as usize % ids.len();
     for bad in [-1, case.e as i32, i32::MIN, i32::MAX] {
         ids[at] = bad;
-        match grouped(variant, case, &ids) {
+        match grouped(Exec::variant(*variant), case, &ids) {
             (Err(e), order, offsets)
                 if e.to_string().contains("ids: value") && order.iter().chain(&offsets).all(|&o| o == i64::MIN) => {}
             other => return Err(Failure::new(format!("id {bad}: {other:?}"))),
@@ -313,7 +341,11 @@ impl Suite for MoeGroup {
     }
 
     fn checks() -> Vec<Check<Self>> {
-        vec![Check { name: "reference", run: grouped_reference }, Check { name: "bad_id", run: grouped_bad_id }]
+        vec![
+            Check { name: "reference", run: grouped_reference },
+            Check { name: "cuts", run: grouped_cuts },
+            Check { name: "bad_id", run: grouped_bad_id },
+        ]
     }
 }
 
@@ -650,16 +682,57 @@ fn isolation(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     PASSED
 }
 
-/// Any cut over any number of parts gives the same bits.
-fn cuts(execs: &Execs, case: &Case, seed: u64) -> Outcome {
+/// Any cut of one step over any number of parts and threads gives the same bits.
+fn cuts<O: Operator>(variant: &Variant<O>, execs: fn(Exec<O>) -> Execs, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
-    let cut = |parts| Execs { up: execs.up.clone().parts(parts), down: execs.down.clone().parts(parts) };
-    let (h, y) = feed(&cut(1), case, &inputs)?;
-    for parts in [2, 3, 7] {
-        let (hp, yp) = feed(&cut(parts), case, &inputs)?;
+    let (h, y) = feed(&execs(Exec::variant(*variant).parts(1)), case, &inputs)?;
+    everywhere(variant, |exec| {
+        let (hp, yp) = feed(&execs(exec), case, &inputs)?;
         bitwise("cut: h", &hp, &h)?;
-        bitwise("cut: y", &yp, &y)?;
+        bitwise("cut: y", &yp, &y)
+    })?;
+    PASSED
+}
+
+/// The whole sparse feed-forward from the router's weights on: experts in another order, together with the router's
+/// rows, give the same bits.
+fn router_rows_permuted(execs: &Execs, case: &Case, seed: u64) -> Outcome {
+    let (t, e, d, f) = (case.t, case.e, case.d(), case.f());
+    // Without channels all logits are equal, and the order decides.
+    if d == 0 || case.top_k > e {
+        return Ok(None);
     }
+    let inputs = Inputs::generate(case, seed);
+    let router = Type::F32.random(e * d, 1.0, &mut rng(seed ^ 4));
+    let mut from: Vec<usize> = (0..e).collect();
+    from.shuffle(&mut rng(seed ^ 5));
+    let feed_forward = |from: &[usize]| -> Result<Vec<f32>, Failure> {
+        let gather = |tensor: &[u8]| -> Vec<u8> {
+            from.iter().flat_map(|&e| Inputs::expert(case, tensor, e).to_vec()).collect()
+        };
+        let (router, gate, up, down) =
+            (gather(&router), gather(&inputs.gate), gather(&inputs.up), gather(&inputs.down));
+        let x = Input::new(&inputs.x, [t, d], case.layout);
+        let mut logits = vec![f32::NAN; t * e];
+        let w = Weight::new(&router, DType::F32, [e, d])?;
+        matmul::run(matmul::Args { y: ViewMut::new(&mut logits, [t, e])?, x: x.view(), w }, &Exec::default())?;
+        let routing = Routing::route(View::new(&logits, [t, e])?, case.top_k, true, &Exec::default())?;
+        let mut y = Output::new([t, d], case.layout);
+        let args = moe::Args {
+            y: y.view(),
+            x: x.view(),
+            gate: Weight::new(&gate, case.up_type.dtype(), [e, f, d])?,
+            up: Weight::new(&up, case.up_type.dtype(), [e, f, d])?,
+            down: Weight::new(&down, case.down_type.dtype(), [e, d, f])?,
+            routing: &routing,
+            accumulate: false,
+            h: &mut Vec::new(),
+        };
+        moe::run(args, execs)?;
+        y.read("y")
+    };
+    let plain = feed_forward(&(0..e).collect::<Vec<_>>())?;
+    bitwise("experts and router rows permuted", &feed_forward(&from)?, &plain)?;
     PASSED
 }
 
@@ -696,7 +769,7 @@ fn grid() -> Vec<Case> {
                 down_type,
                 merged: j % 3 == 1,
                 layout: Layout::ALL[(i + j) % 2],
-                crowd: Crowd::ALL[(i + j) % 3],
+                crowd: Crowd::ALL[(i + j) % 4],
             });
         }
     }
@@ -774,7 +847,13 @@ macro_rules! feed_forward_suite {
                     with_step!($step, unselected_poisoned),
                     with_step!($step, combining),
                     with_step!($step, isolation),
-                    with_step!($step, cuts),
+                    with_step!($step, router_rows_permuted),
+                    Check {
+                        name: "cuts",
+                        run: |variant, case, seed| {
+                            cuts(variant, |$step| Execs { $step, ..Execs::default() }, case, seed)
+                        },
+                    },
                 ]
             }
         }

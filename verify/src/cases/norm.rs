@@ -4,7 +4,7 @@ use super::{normal, wide};
 use crate::buffer::{Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32};
 use crate::reference::norm as reference;
-use crate::suite::{rng, Check, Outcome, Suite};
+use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
 use ndarray::ArrayView1;
 use proptest::prelude::*;
@@ -234,13 +234,11 @@ fn isolation(variant: &Variant<norm::Op>, case: &Case, seed: u64) -> Outcome {
     Ok(Some(Metrics::default()))
 }
 
-/// Any cut, packed or strided, in place or not: the same bits.
+/// Any cut over any number of threads, packed or strided, in place or not: the same bits.
 fn cuts(variant: &Variant<norm::Op>, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let y = call(&Exec::variant(*variant).parts(1), case, &inputs)?;
-    for parts in [2, 3, 7] {
-        bitwise("cut", &call(&Exec::variant(*variant).parts(parts), case, &inputs)?, &y)?;
-    }
+    everywhere(variant, |exec| bitwise("cut", &call(&exec, case, &inputs)?, &y))?;
     let other = Case { in_place: !case.in_place, ..case.clone() };
     bitwise("in place", &call(&Exec::variant(*variant), &other, &inputs)?, &y)?;
     for &layout in Layout::ALL {

@@ -1,6 +1,7 @@
 //! One file a subcommand.
 
 pub mod bench;
+pub mod drift;
 pub mod generate;
 pub mod inspect;
 pub mod logits;

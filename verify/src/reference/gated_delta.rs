@@ -88,6 +88,34 @@ impl Head {
         }
         self.state.dot(&phi) + psi
     }
+
+    /// How far the dense form and the token loop may be apart, in the 2-norm of every state row. A factor's norm is at
+    /// most 1 (or its growth), that of its absolute values at most √K, so a product in float64 adds γ_{2K+16} √K of
+    /// what the row can hold: its start and everything written to it. The loop's own roundings are fewer.
+    pub fn dense_error(&self) -> Array1<f64> {
+        let (tokens, keys) = self.k.dim();
+        let k = self.normalised(&self.k);
+        let mut growth = 1.0;
+        let mut written = Array1::<f64>::zeros(self.v.ncols());
+        for t in 0..tokens {
+            let k2: f64 = k.row(t).iter().map(|k| k * k).sum();
+            growth *= (1.0f64).max((1.0 - self.beta[t] * k2).abs());
+            written.scaled_add(self.beta[t].abs() * k2.sqrt(), &self.v.row(t).mapv(f64::abs));
+        }
+        let unit = ((2 * keys + 16) * (tokens + 1)) as f64 * (f64::EPSILON / 2.0) * (keys as f64).sqrt().max(1.0);
+        let start = Array1::from_iter(self.state.rows().into_iter().map(|row| norm(row)));
+        (start + written) * growth * unit
+    }
+
+    /// What the roundings of a token-by-token f32 kernel add to each token's state, in the Frobenius norm: the δ of
+    /// [`bounds`].
+    pub fn rounding(&self, trace: &Trace) -> Array1<f64> {
+        let common = Common::new(self);
+        Array1::from_shape_fn(self.tokens(), |t| {
+            let rows = (0..self.v.ncols()).map(|j| row_rounding(self, trace, &common, t, j));
+            rows.map(|e| e * e).sum::<f64>().sqrt()
+        })
+    }
 }
 
 /// How a kernel computes, as far as its rounding errors depend on it.
@@ -126,7 +154,7 @@ pub struct Bounds {
 }
 
 /// Relative error of exp(g) in a kernel: two ulp.
-const EXP: f64 = 4.0 * U32;
+pub const EXP: f64 = 4.0 * U32;
 
 /// What an f32 kernel of this form may be off, to first order. With E the error of a state row before a token, x its
 /// decayed value and δ the errors of single operations, the error after the token is
@@ -139,7 +167,6 @@ const EXP: f64 = 4.0 * U32;
 /// a decay over d tokens is off by d (EXP + u). Chunks start anew at `restart`, where a call was split.
 pub fn bounds(head: &Head, trace: &Trace, form: Form, restart: usize) -> Bounds {
     let (tokens, channels) = head.v.dim();
-    let keys = head.k.ncols();
     let size = match form {
         Form::Recurrent => 1,
         Form::Chunked(n) | Form::Split(n) => n,
@@ -149,16 +176,7 @@ pub fn bounds(head: &Head, trace: &Trace, form: Form, restart: usize) -> Bounds 
         snapshots: Array2::zeros((tokens, channels)),
         state: Array1::zeros(channels),
     };
-    let common = Common {
-        k: head.normalised(&head.k),
-        q: head.normalised(&head.q) * head.scale,
-        decay: head.g.mapv(f64::exp),
-        // A sum of squares, its root, a division and a product; all of a vector's elements share the factor.
-        key: if head.l2norm.is_some() { gamma(keys / 2 + 6) } else { 0.0 },
-        query: U32 + if head.l2norm.is_some() { gamma(keys / 2 + 6) } else { 0.0 },
-        // A product or a decay under the normal range loses less than half of 2⁻¹⁴⁹.
-        tiny: (keys + 8) as f64 * 2f64.powi(-149),
-    };
+    let common = Common::new(head);
     let mut t = 0;
     while t < tokens {
         let end = if t < restart { (t + size).min(restart) } else { t + size }.min(tokens);
@@ -184,6 +202,22 @@ struct Common {
     tiny: f64,
 }
 
+impl Common {
+    fn new(head: &Head) -> Common {
+        let keys = head.k.ncols();
+        Common {
+            k: head.normalised(&head.k),
+            q: head.normalised(&head.q) * head.scale,
+            decay: head.g.mapv(f64::exp),
+            // A sum of squares, its root, a division and a product; all of a vector's elements share the factor.
+            key: if head.l2norm.is_some() { gamma(keys / 2 + 6) } else { 0.0 },
+            query: U32 + if head.l2norm.is_some() { gamma(keys / 2 + 6) } else { 0.0 },
+            // A product or a decay under the normal range loses less than half of 2⁻¹⁴⁹.
+            tiny: (keys + 8) as f64 * 2f64.powi(-149),
+        }
+    }
+}
+
 fn norm<'a>(x: impl IntoIterator<Item = &'a f64>) -> f64 {
     x.into_iter().map(|x| x * x).sum::<f64>().sqrt()
 }
@@ -200,17 +234,23 @@ fn update_error(c: &Common, x: f64, u: f64, k: f64, u_error: f64) -> f64 {
     (EXP + 3.0 * U32) * x + (c.key + 3.0 * U32) * u.abs() * k + u_error * k + c.tiny * (1.0 + x + u.abs())
 }
 
+/// What token t's own roundings add to the error of state row j.
+fn row_rounding(head: &Head, trace: &Trace, c: &Common, t: usize, j: usize) -> f64 {
+    let (k, beta) = (c.k.row(t), head.beta[t].abs());
+    let x = &trace.states[t].row(j) * &c.decay.row(t);
+    let sums: f64 = x.iter().zip(k).map(|(x, k)| (x * k).abs()).sum();
+    let u_error = beta * (gamma(head.k.ncols() + 5) + EXP + c.key) * sums
+        + 3.0 * U32 * beta * head.v[[t, j]].abs()
+        + c.tiny * (1.0 + beta);
+    update_error(c, norm(&x), trace.u[[t, j]], norm(k), u_error)
+}
+
 fn token_bounds(head: &Head, trace: &Trace, c: &Common, t: usize, b: &mut Bounds) {
     let keys = head.k.ncols();
-    let (k, q, beta) = (c.k.row(t), c.q.row(t), head.beta[t].abs());
-    let (k_norm, q_norm, growth) = (norm(k), norm(q), growth(head, c, t));
+    let (q, growth) = (c.q.row(t), growth(head, c, t));
+    let q_norm = norm(q);
     for j in 0..head.v.ncols() {
-        let x = &trace.states[t].row(j) * &c.decay.row(t);
-        let sums: f64 = x.iter().zip(k).map(|(x, k)| (x * k).abs()).sum();
-        let u_error = beta * (gamma(keys + 5) + EXP + c.key) * sums
-            + 3.0 * U32 * beta * head.v[[t, j]].abs()
-            + c.tiny * (1.0 + beta);
-        b.state[j] = growth * b.state[j] + update_error(c, norm(&x), trace.u[[t, j]], k_norm, u_error);
+        b.state[j] = growth * b.state[j] + row_rounding(head, trace, c, t, j);
         let after = trace.states[t + 1].row(j);
         let sums: f64 = after.iter().zip(q).map(|(s, q)| (s * q).abs()).sum();
         b.o[[t, j]] = q_norm * b.state[j] + (gamma(keys + 1) + c.query) * sums + c.tiny;
@@ -358,9 +398,10 @@ mod tests {
             };
             let trace = head.recurrent();
             let (loop_state, dense) = (trace.states.last().expect("T + 1 states"), head.dense());
-            let largest = loop_state.iter().fold(1.0f64, |m, x| m.max(x.abs()));
-            let off = loop_state.iter().zip(&dense).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
-            assert!(off <= 1e-13 * largest * (tokens + 1) as f64, "T={tokens}: off by {off:e} of {largest:e}");
+            for (j, &bound) in head.dense_error().iter().enumerate() {
+                let off = norm(&(&loop_state.row(j) - &dense.row(j)));
+                assert!(off <= bound, "T={tokens}, row {j}: off by {off:e}, bound {bound:e}");
+            }
         }
     }
 
