@@ -1,9 +1,9 @@
 //! What makes a kernel's result believed: float64 references, shared cases, properties, and the runner that tries every
 //! variant on them. The `qwen3next` command and the tests of this crate run the same checks.
 //!
-//! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures, [`buffer`] lays out strided
-//! and guarded arrays, [`suite`] runs it all and prints reproducers,
-//! [`timing`] measures variants side by side, [`drift`] follows the delta rule's error over long sequences.
+//! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures,
+//! [`buffer`] lays out strided and guarded arrays, [`suite`] runs it all and prints reproducers, [`timing`] measures
+//! variants side by side, [`drift`] follows the delta rule's error over long sequences.
 
 pub mod buffer;
 pub mod cases;
