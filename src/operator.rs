@@ -4,6 +4,7 @@ use crate::isa::Isa;
 use crate::status::{check, Error};
 use rayon::prelude::*;
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// An operator of the C library. Implemented by the marker type `Op` of every operator module.
 pub trait Operator: Sized + 'static {
@@ -138,8 +139,11 @@ impl<O: Operator> Exec<O> {
             }
             let raw = shared.get();
             // SAFETY: checked args, a range within the items, scratch of the size and alignment the variant asked for.
-            let status =
-                with_scratch(bytes, |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) });
+            let call = |scratch| unsafe { (variant.run)(raw, begin as i64, end as i64, scratch) };
+            let status = match GUARDS.load(Ordering::Relaxed) {
+                0 => with_scratch(bytes, call),
+                _ => with_guarded_scratch(bytes, call)?,
+            };
             check(O::NAME, status)
         };
         match parts {
@@ -183,6 +187,46 @@ fn with_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> 
     let result = f(lines.as_mut_ptr().cast());
     SCRATCH.with(|s| s.borrow_mut().push(lines));
     result
+}
+
+static GUARDS: AtomicUsize = AtomicUsize::new(0);
+
+/// While one of these lives, every call in the process gets fresh scratch of exactly the size its variant asked for,
+/// filled with NaN, and fails where the bytes around it have changed. For tests.
+#[derive(Debug)]
+pub struct ScratchGuard(());
+
+impl ScratchGuard {
+    /// Guards scratch from now on.
+    pub fn install() -> Self {
+        GUARDS.fetch_add(1, Ordering::Relaxed);
+        ScratchGuard(())
+    }
+}
+
+impl Drop for ScratchGuard {
+    fn drop(&mut self) {
+        GUARDS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn with_guarded_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -> R) -> Result<R, Error> {
+    const ZONE: usize = 256;
+    // NaN as a float and as a double.
+    const POISON: u8 = 0xff;
+    const GUARD: u8 = 0xa5;
+    let mut memory = vec![POISON; 64 + ZONE + bytes + ZONE];
+    let zones = memory.as_ptr().align_offset(64);
+    let scratch = zones + ZONE;
+    memory[zones..scratch].fill(GUARD);
+    memory[scratch + bytes..].fill(GUARD);
+    let result = f(memory[scratch..].as_mut_ptr().cast());
+    for (side, zone) in [("before", &memory[zones..scratch]), ("past", &memory[scratch + bytes..])] {
+        if zone.iter().any(|&byte| byte != GUARD) {
+            return Err(Error::argument("scratch", format!("the kernel wrote {side} the {bytes} bytes it asked for")));
+        }
+    }
+    Ok(result)
 }
 
 /// Implements [`Operator`] for `Op` over the functions that Q3N_DECLARE_OPERATOR declares for an operator.

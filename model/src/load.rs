@@ -3,6 +3,7 @@
 use crate::config::{Config, DeltaConfig};
 use crate::error::{shown, Error};
 use crate::file::Options;
+use crate::gguf::Gguf;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Store, Tensor, Weights};
 use crate::{load_gguf, load_hf};
@@ -82,6 +83,12 @@ pub fn load(path: &Path, options: Options, progress: &mut dyn FnMut(Progress)) -
     } else {
         load_gguf::load(path, options, progress)
     }
+}
+
+/// A model of one GGUF file that is parsed already.
+pub fn load_parsed(file: Gguf) -> Result<Loaded, Error> {
+    let path = file.path().to_path_buf();
+    load_gguf::load_parts(&path, &[file], &mut |_| ())
 }
 
 impl Weights {

@@ -7,6 +7,7 @@ use qwen3next_kernels::DType;
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Headers of real files are far below this.
 const MAX_HEADER: u64 = 32 << 20;
@@ -56,7 +57,15 @@ fn lists_are_short(header: &[u8]) -> bool {
 impl Safetensors {
     /// Reads and checks the header of one file.
     pub fn open(path: &Path, options: Options) -> Result<Safetensors, Error> {
-        let store = file::open(path, options)?;
+        Safetensors::parse_store(path, file::open(path, options)?)
+    }
+
+    /// As [`Safetensors::open`], of the bytes of a file; `path` names them in errors.
+    pub fn parse_bytes(path: &Path, bytes: Vec<u8>) -> Result<Safetensors, Error> {
+        Safetensors::parse_store(path, Store::Owned(Arc::new(bytes)))
+    }
+
+    fn parse_store(path: &Path, store: Store) -> Result<Safetensors, Error> {
         let bytes = store.bytes();
         let bad = |why: String| Error::format(path, why);
         let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
@@ -115,6 +124,23 @@ impl Safetensors {
     }
 }
 
+/// The shard of every tensor by the text of a `model.safetensors.index.json`; `path` names it in errors. A shard is a
+/// plain file name.
+pub fn parse_index(path: &Path, text: &str) -> Result<BTreeMap<String, String>, Error> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let parsed: Index = serde_json::from_str(text).map_err(|e| Error::format(path, shown(&e.to_string())))?;
+    for (name, shard) in &parsed.weight_map {
+        if Path::new(shard).file_name().is_none_or(|f| f != shard.as_str()) {
+            let why = format!("lies in \"{}\", expected a file of this folder", shown(shard));
+            return Err(Error::tensor(path, name, why));
+        }
+    }
+    Ok(parsed.weight_map)
+}
+
 /// The shards of a folder, and which of them holds each tensor.
 #[derive(Debug)]
 pub struct Folder {
@@ -135,22 +161,12 @@ impl Folder {
             let home = one.tensors.keys().map(|name| (name.clone(), 0)).collect();
             return Ok(Folder { path: path.into(), files: vec![one], home });
         }
-        #[derive(serde::Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let text = file::read_text(&index, MAX_INDEX)?;
-        let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::format(&index, shown(&e.to_string())))?;
+        let shards = parse_index(&index, &file::read_text(&index, MAX_INDEX)?)?;
         let (mut files, mut numbers, mut home) = (Vec::new(), HashMap::new(), BTreeMap::new());
-        for (name, shard) in parsed.weight_map {
+        for (name, shard) in shards {
             let number = match numbers.get(&shard) {
                 Some(&number) => number,
                 None => {
-                    let plain = Path::new(&shard).file_name().is_some_and(|f| f == shard.as_str());
-                    if !plain {
-                        let why = format!("lies in \"{}\", expected a file of this folder", shown(&shard));
-                        return Err(Error::tensor(&index, &name, why));
-                    }
                     files.push(Safetensors::open(&path.join(&shard), options)?);
                     numbers.insert(shard.clone(), files.len() - 1);
                     files.len() - 1

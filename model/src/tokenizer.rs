@@ -20,6 +20,8 @@ use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const MAX_JSON: u64 = 256 << 20;
+/// Steps of a pre-tokenizer: real ones have two, and a hostile pattern may take a second and 10 MB to compile.
+const MAX_STEPS: usize = 8;
 
 /// GGUF's token types that matter here.
 const NORMAL: i128 = 1;
@@ -312,8 +314,12 @@ impl Tokenizer {
 
     /// From a tokenizer.json; `vocab` is the number of embedding rows.
     pub fn from_json(path: &Path, vocab: usize) -> Result<Tokenizer, Error> {
+        Self::parse_json(path, read_text(path, MAX_JSON)?, vocab)
+    }
+
+    /// As [`Tokenizer::from_json`], of the text of a file; `path` names it in errors.
+    pub fn parse_json(path: &Path, text: String, vocab: usize) -> Result<Tokenizer, Error> {
         let bad = |why: String| Error::format(path, why);
-        let text = read_text(path, MAX_JSON)?;
         // The crate's own reader panics on some broken files, so the parts are read here.
         let file: Json = serde_json::from_str(&text).map_err(|e| bad(shown(&e.to_string())))?;
         drop(text);
@@ -339,7 +345,11 @@ impl Tokenizer {
         };
         let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
         let sequence = file.pre_tokenizer.get("pretokenizers").and_then(Value::as_array);
-        for step in sequence.map_or(std::slice::from_ref(&file.pre_tokenizer), Vec::as_slice) {
+        let listed = sequence.map_or(std::slice::from_ref(&file.pre_tokenizer), Vec::as_slice);
+        if listed.len() > MAX_STEPS {
+            return Err(bad(format!("pre_tokenizer: has {} steps, expected at most {MAX_STEPS}", listed.len())));
+        }
+        for step in listed {
             let flag = |key: &str| step.get(key).and_then(Value::as_bool);
             let pattern = step.get("pattern").and_then(|p| p.get("Regex")).and_then(Value::as_str);
             match (kind(step).as_str(), pattern) {

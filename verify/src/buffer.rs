@@ -1,7 +1,8 @@
 //! Strided arrays for the kernels under test: inputs whose gaps hold NaN, outputs that are poisoned before the call and
-//! lie between guard zones, so that a stray read or write shows.
+//! lie between guard zones, so that a stray read or write shows. One end of every array lies at inaccessible memory.
 
 use crate::compare::Failure;
+use crate::guard::{place, Guarded, Place};
 use qwen3next_kernels::{Error, View, ViewMut};
 
 /// What outputs and gaps hold before a call: a NaN with a payload no arithmetic makes.
@@ -15,7 +16,8 @@ crate::choice! {
     pub enum Layout {
         /// Row-major without gaps.
         Packed = "packed",
-        /// Every axis has three elements of gap, and the first element is misaligned.
+        /// Every axis has three elements of gap, and the first element is misaligned unless inaccessible memory precedes
+        /// it.
         Gaps = "gaps",
     }
 }
@@ -29,8 +31,9 @@ impl Layout {
         }
         strides
     }
-    fn offset(self) -> usize {
-        usize::from(self == Layout::Gaps)
+    /// Elements before the first: none where inaccessible memory is to precede it.
+    pub fn offset(self) -> usize {
+        usize::from(self == Layout::Gaps && place() == Place::End)
     }
 }
 
@@ -50,10 +53,19 @@ fn offsets<const R: usize>(shape: [usize; R], strides: [usize; R]) -> Vec<usize>
     list
 }
 
+/// Elements of guard zone before and after an array: `guard` on the side where memory goes on.
+pub fn zones(guard: usize) -> (usize, usize) {
+    match place() {
+        _ if !crate::guard::AVAILABLE => (guard, guard),
+        Place::End => (guard, 0),
+        Place::Start => (0, guard),
+    }
+}
+
 /// An input array of `R` axes.
 #[derive(Debug, Clone)]
 pub struct Input<const R: usize> {
-    buffer: Vec<f32>,
+    buffer: Guarded<f32>,
     shape: [usize; R],
     strides: [usize; R],
     offset: usize,
@@ -64,7 +76,7 @@ impl<const R: usize> Input<R> {
     pub fn new(packed: &[f32], shape: [usize; R], layout: Layout) -> Self {
         assert_eq!(packed.len(), shape.iter().product::<usize>());
         let (strides, offset) = (layout.strides(shape), layout.offset());
-        let mut buffer = vec![f32::from_bits(POISON); offset + extent(shape, strides)];
+        let mut buffer = Guarded::filled(offset + extent(shape, strides), f32::from_bits(POISON));
         for (&x, at) in packed.iter().zip(offsets(shape, strides)) {
             buffer[offset + at] = x;
         }
@@ -77,22 +89,25 @@ impl<const R: usize> Input<R> {
     }
 }
 
-/// An output array of `R` axes between guard zones.
+/// An output array of `R` axes between a guard zone on one side and inaccessible memory on the other.
 #[derive(Debug, Clone)]
 pub struct Output<const R: usize> {
-    buffer: Vec<f32>,
+    buffer: Guarded<f32>,
     shape: [usize; R],
     strides: [usize; R],
     start: usize,
+    end: usize,
 }
 
 impl<const R: usize> Output<R> {
     /// A poisoned output.
     pub fn new(shape: [usize; R], layout: Layout) -> Self {
         let strides = layout.strides(shape);
-        let start = GUARD + layout.offset();
-        let buffer = vec![f32::from_bits(POISON); start + extent(shape, strides) + GUARD];
-        Output { buffer, shape, strides, start }
+        let (before, after) = zones(GUARD);
+        let start = before + layout.offset();
+        let end = start + extent(shape, strides);
+        let buffer = Guarded::filled(end + after, f32::from_bits(POISON));
+        Output { buffer, shape, strides, start, end }
     }
 
     /// An output that starts with these contents (for in-place calls and pools).
@@ -111,8 +126,7 @@ impl<const R: usize> Output<R> {
     }
 
     fn try_view(&mut self) -> Result<ViewMut<'_, R>, Error> {
-        let end = self.buffer.len() - GUARD;
-        ViewMut::strided(&mut self.buffer[self.start..end], self.shape, self.strides)
+        ViewMut::strided(&mut self.buffer[self.start..self.end], self.shape, self.strides)
     }
 
     /// The elements, packed. Fails where the kernel wrote outside the view or left an element unwritten.
@@ -131,5 +145,35 @@ impl<const R: usize> Output<R> {
             Some(i) => Err(Failure::new(format!("{what}: element {i} of shape {:?} was left unwritten", self.shape))),
             None => Ok(values),
         }
+    }
+}
+
+/// A pool of three entries that lie more than 2³¹ elements apart: an offset in 32 bits leads elsewhere, for the third entry
+/// into memory that is the pool's own and zero. Only what is touched takes room.
+pub struct FarPool(memmap2::MmapMut);
+
+impl FarPool {
+    /// Entries.
+    pub const SLOTS: usize = 3;
+
+    /// Elements from an entry to the next; two of them are 2²¹ in 32 bits.
+    pub const STRIDE: usize = (1 << 31) + (1 << 20);
+
+    /// A pool with `entries` (slot, content), zero elsewhere. Contents have less than 2²⁰ elements.
+    pub fn new(entries: &[(usize, &[f32])]) -> Result<FarPool, Failure> {
+        let bytes = 4 * FarPool::SLOTS * FarPool::STRIDE;
+        let map = memmap2::MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+        let map = map.map_err(|e| Failure::new(format!("no {bytes} bytes of address space for a pool: {e}")))?;
+        let mut pool = FarPool(map);
+        for &(slot, content) in entries {
+            pool.elements()[slot * FarPool::STRIDE..][..content.len()].copy_from_slice(content);
+        }
+        Ok(pool)
+    }
+
+    /// All elements.
+    pub fn elements(&mut self) -> &mut [f32] {
+        // SAFETY: a map is aligned to a page, its length is a multiple of 4, and any bits are a float.
+        unsafe { self.0.align_to_mut::<f32>().1 }
     }
 }

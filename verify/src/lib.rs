@@ -2,13 +2,17 @@
 //! variant on them. The `qwen3next` command and the tests of this crate run the same checks.
 //!
 //! [`reference`](mod@reference) judges, [`cases`] makes inputs and states the properties, [`compare`] measures,
-//! [`buffer`] lays out strided and guarded arrays, [`suite`] runs it all and prints reproducers, [`timing`] measures
-//! variants side by side, [`drift`] follows the delta rule's error over long sequences.
+//! [`buffer`] lays out strided arrays, [`guard`] puts them against inaccessible memory, [`suite`] runs it all and prints
+//! reproducers, [`current`] does so where a kernel kills the process, [`timing`] measures variants side by side,
+//! [`drift`] follows the delta rule's error over long sequences, [`mutants`] holds the bugs that the suites must notice.
 
 pub mod buffer;
 pub mod cases;
 pub mod compare;
+pub mod current;
 pub mod drift;
+pub mod guard;
+pub mod mutants;
 pub mod reference;
 pub mod suite;
 pub mod timing;

@@ -4,8 +4,11 @@
 //! it. A check that applied to no case at all is reported as a failure: a test that can't fail is none.
 
 use crate::compare::{Failure, Metrics};
+use crate::current;
+use crate::guard::{self, Place};
 use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
+use qwen3next_kernels::operator::ScratchGuard;
 use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use rand::SeedableRng;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -92,11 +95,13 @@ pub struct Options {
     pub check: Option<String>,
     /// Only this case, in its printed form, instead of grid and random ones.
     pub case: Option<String>,
+    /// Steps that may be spent on making a failing random case smaller.
+    pub shrink: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None }
+        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None, shrink: 400 }
     }
 }
 
@@ -156,6 +161,11 @@ impl Entry {
         Entry { op: S::Op::NAME, run: run::<S> }
     }
 
+    /// The entry of what is no operator and runs its checks itself.
+    pub fn new(op: &'static str, run: fn(&Options) -> Result<Vec<Row>, String>) -> Entry {
+        Entry { op, run }
+    }
+
     /// Runs the suite. `Err` is a bad option, named.
     pub fn run(&self, options: &Options) -> Result<Vec<Row>, String> {
         (self.run)(options)
@@ -197,6 +207,12 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
                 rows.push(run_check::<S>(options, variant, check, &grid, stride));
             }
         }
+        if !guard::AVAILABLE {
+            let why = "this system is not asked for inaccessible pages: arrays lie on the heap".into();
+            let (op, variant, isa) = (S::Op::NAME, variant.name(), variant.isa());
+            let (passed, metrics, verdict) = (0, Metrics::default(), Verdict::Skipped(why));
+            rows.push(Row { op, variant, isa, check: "guard_pages", passed, metrics, verdict });
+        }
     }
     Ok(rows)
 }
@@ -221,14 +237,24 @@ fn run_check<S: Suite>(
         row.verdict = Verdict::Skipped(format!("{} is not offered by this CPU or the ISA mask", variant.isa()));
         return row;
     }
+    let command = |case: &S::Case, seed: u64| {
+        let (op, variant, check) = (S::Op::NAME, variant.name(), check.name);
+        format!("qwen3next verify --op {op} --variant {variant} --check {check} --case {case} --seed {seed}")
+    };
     let failed = |case: &S::Case, seed: u64, failure: Failure| Verdict::Failed {
         failure: failure.0,
-        reproduce: format!(
-            "qwen3next verify --op {} --variant {} --check {} --case {case} --seed {seed}",
-            S::Op::NAME,
-            variant.name(),
-            check.name
-        ),
+        reproduce: command(case, seed),
+    };
+    let (running, _scratch) = (current::enter(), ScratchGuard::install());
+    // With the arrays' ends, then with their starts at inaccessible memory.
+    let attempt = |case: &S::Case, seed: u64| -> Outcome {
+        running.is(&command(case, seed));
+        let at_end = guard::with(Place::End, || (check.run)(variant, case, seed))?;
+        let at_start = match guard::AVAILABLE {
+            true => guard::with(Place::Start, || (check.run)(variant, case, seed))?,
+            false => None,
+        };
+        Ok(at_end.map(|m| m.worst(at_start.unwrap_or_default())))
     };
     // Every stride-th case; then the others, until the check has applied to one at all.
     let (first, rest): (Vec<_>, Vec<_>) = grid.iter().enumerate().partition(|(i, _)| i % stride == 0);
@@ -236,7 +262,7 @@ fn run_check<S: Suite>(
         if i % stride != 0 && row.passed > 0 {
             break;
         }
-        match (check.run)(variant, case, options.seed) {
+        match attempt(case, options.seed) {
             Ok(Some(metrics)) => {
                 row.passed += 1;
                 row.metrics = row.metrics.worst(metrics);
@@ -258,21 +284,20 @@ fn run_check<S: Suite>(
         let config = Config {
             cases: options.random as u32,
             failure_persistence: None,
-            max_shrink_iters: 400,
+            max_shrink_iters: options.shrink,
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
         let seen = RefCell::new((0, row.metrics));
-        let result =
-            runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match (check.run)(variant, &case, seed) {
-                Ok(Some(metrics)) => {
-                    let mut seen = seen.borrow_mut();
-                    *seen = (seen.0 + 1, seen.1.worst(metrics));
-                    Ok(())
-                }
-                Ok(None) => Ok(()),
-                Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
-            });
+        let result = runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match attempt(&case, seed) {
+            Ok(Some(metrics)) => {
+                let mut seen = seen.borrow_mut();
+                *seen = (seen.0 + 1, seen.1.worst(metrics));
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
+        });
         let (passed, metrics) = seen.into_inner();
         row.passed += passed;
         row.metrics = metrics;

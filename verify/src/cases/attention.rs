@@ -1,8 +1,9 @@
 //! Attention: every row against the formula with the bound its scores and weights give, and what must hold exactly.
 
 use super::{normal, wide};
-use crate::buffer::{Input, Layout, Output};
+use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32, U32};
+use crate::guard::Guarded;
 use crate::reference::attention as reference;
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
@@ -10,7 +11,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayView1, ArrayView2};
 use proptest::prelude::*;
 use qwen3next_kernels::attention::{self, merge, Kv};
-use qwen3next_kernels::{Error, Exec, Variant, View};
+use qwen3next_kernels::{Error, Exec, Variant, View, ViewMut};
 use rand::seq::SliceRandom;
 use rand::Rng as _;
 use std::ops::Range;
@@ -91,10 +92,10 @@ case! {
 
 /// A typed cache in memory: `[slots][S][HKV][D]`.
 enum Cache {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
-    Q8_0(Vec<attention::Q8_0>),
+    F32(Guarded<f32>),
+    F16(Guarded<f16>),
+    BF16(Guarded<bf16>),
+    Q8_0(Guarded<attention::Q8_0>),
 }
 
 /// The block of 32 values: scale |x|max / 127 in f16. A NaN makes the scale, so the block, NaN.
@@ -136,19 +137,18 @@ struct Stored {
 
 impl Stored {
     fn new(kv: KvType, values: &[f32], [slots, s, hkv, d]: [usize; 4], layout: Layout) -> Stored {
-        let (gap, offset) = if layout == Layout::Gaps { (3, 1) } else { (0, 0) };
+        let (gap, offset) = (if layout == Layout::Gaps { 3 } else { 0 }, layout.offset());
         let per_head = if kv == KvType::Q8_0 { d / 32 } else { d };
         let head = per_head + gap;
         let (key, slot) = (hkv * head + gap, s * (hkv * head + gap) + gap);
-        let length = offset + slots * slot;
         fn lay<T: Copy>(
             length: usize,
             poison: T,
             rows: usize,
             at: impl Fn(usize) -> usize,
             row: impl Fn(usize) -> Vec<T>,
-        ) -> Vec<T> {
-            let mut all = vec![poison; length];
+        ) -> Guarded<T> {
+            let mut all = Guarded::filled(length, poison);
             for r in 0..rows {
                 let row = row(r);
                 all[at(r)..at(r) + row.len()].copy_from_slice(&row);
@@ -158,6 +158,7 @@ impl Stored {
         let rows = slots * s * hkv;
         let at = |r: usize| offset + r / (s * hkv) * slot + r / hkv % s * key + r % hkv * head;
         let of = |r: usize| &values[r * d..(r + 1) * d];
+        let length = rows.checked_sub(1).map_or(offset, |last| at(last) + per_head);
         let cache = match kv {
             KvType::F32 => Cache::F32(lay(length, f32::NAN, rows, at, |r| of(r).to_vec())),
             KvType::F16 => {
@@ -383,6 +384,8 @@ impl Problem {
         let mask = self.mask.as_ref().map(|m| Input::new(m, [rows, t, s], layout));
         let k = Stored::new(self.kv, &self.k, self.cache, layout);
         let v = Stored::new(self.kv, &self.v, self.cache, layout);
+        let sinks = self.sinks.as_deref().map(Guarded::of);
+        let (slot, kv_len, cu) = (Guarded::of(&self.slot), Guarded::of(&self.kv_len), Guarded::of(&self.cu));
         let mut o = Output::new([rows, t, hq, d], layout);
         let mut lse = Output::new([rows, t, hq], layout);
         let args = attention::Args {
@@ -393,10 +396,10 @@ impl Problem {
             v: v.view(),
             gate: gate.as_ref().map(|g| g.view()),
             mask: mask.as_ref().map(|m| m.view()),
-            sinks: self.sinks.as_deref(),
-            slot: Some(&self.slot),
-            kv_len: Some(&self.kv_len),
-            cu_seqlens: self.packed.then_some(&self.cu[..]),
+            sinks: sinks.as_deref(),
+            slot: Some(&slot),
+            kv_len: Some(&kv_len),
+            cu_seqlens: self.packed.then_some(&cu[..]),
             causal: self.causal,
             scale: self.scale,
             window: Some(self.window.clone()),
@@ -835,6 +838,53 @@ fn cuts(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Outcome {
     Ok(Some(Metrics::default()))
 }
 
+/// Entries of the cache that lie 2³¹ elements apart are found all the same.
+fn far_slots(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.t != 1 || case.s != 31 {
+        return Ok(None);
+    }
+    let case = Case {
+        batch: 2,
+        kv: KvType::F32,
+        mask: Mask::None,
+        sinks: false,
+        gate: false,
+        window: false,
+        packed: false,
+        ..case.clone()
+    };
+    let problem = Problem::generate(&case, seed);
+    let want = problem.call(&Exec::variant(*variant))?;
+    let [_, s, hkv, d] = problem.cache;
+    let far = |x: &[f32]| {
+        let entry = |b: usize| &x[problem.slot[b] as usize * s * hkv * d..][..s * hkv * d];
+        FarPool::new(&[(2, entry(0)), (0, entry(1))])
+    };
+    let (mut k, mut v) = (far(&problem.k)?, far(&problem.v)?);
+    let (shape, strides) = ([FarPool::SLOTS, s, hkv, d], [FarPool::STRIDE, hkv * d, d, 1]);
+    let mut o = vec![f32::NAN; want.o.len()];
+    let queries = [2, 1, problem.hq, d];
+    let args = attention::Args {
+        o: ViewMut::new(&mut o, queries)?,
+        lse: None,
+        q: View::new(&problem.q, queries)?,
+        k: Kv::F32(View::strided(k.elements(), shape, strides)?),
+        v: Kv::F32(View::strided(v.elements(), shape, strides)?),
+        gate: None,
+        mask: None,
+        sinks: None,
+        slot: Some(&[2, 0]),
+        kv_len: Some(&problem.kv_len),
+        cu_seqlens: None,
+        causal: problem.causal,
+        scale: problem.scale,
+        window: None,
+    };
+    attention::run(args, &Exec::variant(*variant))?;
+    bitwise("o from far slots", &o, &want.o)?;
+    Ok(Some(Metrics::default()))
+}
+
 /// The suite.
 pub struct Attention;
 
@@ -947,6 +997,7 @@ impl Suite for Attention {
             Check { name: "stepwise", run: stepwise },
             Check { name: "isolation", run: isolation },
             Check { name: "cuts", run: cuts },
+            Check { name: "far_slots", run: far_slots },
         ]
     }
 }
@@ -1004,15 +1055,17 @@ impl Merged {
     fn call(&self, exec: &Exec<merge::Op>) -> Result<Outputs, Failure> {
         let [parts, t, hq, d] = self.shape;
         let gate = self.gate.as_ref().map(|g| Input::new(g, [t, hq, d], self.layout));
+        let (part_o, part_lse) = (Guarded::of(&self.part_o), Guarded::of(&self.part_lse));
+        let sinks = self.sinks.as_deref().map(Guarded::of);
         let mut o = Output::new([t, hq, d], self.layout);
         let mut lse = Output::new([t, hq], self.layout);
         let args = merge::Args {
             o: o.view(),
             lse: Some(lse.view()),
-            part_o: View::new(&self.part_o, [parts, t, hq, d])?,
-            part_lse: View::new(&self.part_lse, [parts, t, hq])?,
+            part_o: View::new(&part_o, [parts, t, hq, d])?,
+            part_lse: View::new(&part_lse, [parts, t, hq])?,
             gate: gate.as_ref().map(|g| g.view()),
-            sinks: self.sinks.as_deref(),
+            sinks: sinks.as_deref(),
         };
         merge::run(args, exec)?;
         Ok(Outputs { o: o.read("o")?, lse: lse.read("lse")? })

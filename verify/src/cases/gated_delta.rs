@@ -1,9 +1,10 @@
 //! Gated delta rule: the bound against the token loop on every shape, layout and regime, and what must hold bit for
 //! bit.
 
-use crate::buffer::{Input, Layout, Output};
+use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, Failure, Metrics, U32};
 use crate::drift;
+use crate::guard::Guarded;
 use crate::reference::gated_delta::{bounds, Bounds, Form, Head, Trace, EXP};
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
@@ -329,7 +330,7 @@ pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Resul
         .then(|| Input::new(&lay_g(&[rows, tokens, hv, k]), [rows, tokens, hv, k], layout));
     let mut o = Output::new([rows, tokens, hv, v], layout);
     let mut snapshots = case.snapshots.then(|| Output::new([rows, tokens, hv, v, k], layout));
-    let cu: Vec<i64> = (0..=case.b).map(|b| case.start(b) as i64).collect();
+    let cu = Guarded::of(&(0..=case.b).map(|b| case.start(b) as i64).collect::<Vec<_>>());
 
     let state_len = case.state_len();
     let pool_shape = [inputs.slots, hv, v, k];
@@ -341,7 +342,8 @@ pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Resul
     let initial = if case.state == StateKind::InPlace { before } else { vec![UNUSED; inputs.slots * state_len] };
     let mut pool = Output::with(&initial, pool_shape, layout);
 
-    let (slot_in, slot_out) = (case.slots.then_some(&inputs.slot_in[..]), case.slots.then_some(&inputs.slot_out[..]));
+    let slots = (Guarded::of(&inputs.slot_in), Guarded::of(&inputs.slot_out));
+    let (slot_in, slot_out) = (case.slots.then_some(&slots.0[..]), case.slots.then_some(&slots.1[..]));
     let args = gated_delta::Args {
         o: o.view(),
         snapshots: snapshots.as_mut().map(|s| s.view()),
@@ -536,7 +538,7 @@ fn scaling(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcom
     let inputs = Inputs::generate(case, seed);
     let base = call(&exec(variant), case, &inputs)?;
     let times = |x: &[f32], f: f32| x.iter().map(|x| x * f).collect::<Vec<f32>>();
-    for factor in [0.25, 64.0] {
+    for factor in [0.25, 64.0, 2f32.powi(24)] {
         let scaled = Inputs { v: times(&inputs.v, factor), state: times(&inputs.state, factor), ..inputs.clone() };
         let want = Outputs {
             o: times(&base.o, factor),
@@ -1406,6 +1408,60 @@ fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     Ok(Some(Metrics { bound_multiple, ..Metrics::default() }))
 }
 
+/// Entries of the pool that lie 2³¹ elements apart are found all the same.
+fn far_slots(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.t != 3 || case.state_len() == 0 {
+        return Ok(None);
+    }
+    let case = Case {
+        b: 2,
+        gate: GateKind::Scalar,
+        state: StateKind::InPlace,
+        slots: false,
+        snapshots: false,
+        rows: Rows::Dense,
+        layout: Layout::Packed,
+        ..case.clone()
+    };
+    let inputs = Inputs::generate(&case, seed);
+    let want = call(&exec(variant), &case, &inputs)?;
+    let (n, tokens, slots) = (case.state_len(), [case.b, case.t], [2, 0]);
+    let (first, second) = inputs.state.split_at(n);
+    let mut pool = FarPool::new(&[(2, first), (0, second)])?;
+    let mut o = vec![f32::NAN; want.o.len()];
+    let shape = |heads: usize, width: usize| [tokens[0], tokens[1], heads, width];
+    let args = gated_delta::Args {
+        o: ViewMut::new(&mut o, shape(case.hv, case.v))?,
+        snapshots: None,
+        state: State::InPlace {
+            pool: ViewMut::strided(
+                pool.elements(),
+                [FarPool::SLOTS, case.hv, case.v, case.k],
+                [FarPool::STRIDE, case.v * case.k, case.k, 1],
+            )?,
+            slots: Some(&slots),
+        },
+        q: View::new(&inputs.q, shape(case.hk, case.k))?,
+        k: View::new(&inputs.k, shape(case.hk, case.k))?,
+        v: View::new(&inputs.v, shape(case.hv, case.v))?,
+        gate: Gate::Scalar(LogDecay::unchecked(View::new(&inputs.g, [tokens[0], tokens[1], case.hv])?)),
+        beta: View::new(&inputs.beta, [tokens[0], tokens[1], case.hv])?,
+        cu_seqlens: None,
+        head_map: match case.heads {
+            Heads::Grouped => HeadMap::Grouped,
+            Heads::Tiled => HeadMap::Tiled,
+        },
+        qk_l2norm: case.l2norm.then_some(gated_delta::L2_NORM_EPS),
+        scale: inputs.scale,
+    };
+    gated_delta::run(args, &exec(variant))?;
+    bitwise("o", &o, &want.o)?;
+    for (b, slot) in [2, 0].into_iter().enumerate() {
+        bitwise("a far state", &pool.elements()[slot * FarPool::STRIDE..][..n], &want.state[b * n..][..n])?;
+    }
+    passed()
+}
+
 /// The suite.
 pub struct GatedDelta;
 
@@ -1514,6 +1570,7 @@ impl Suite for GatedDelta {
             Check { name: "rollback", run: rollback },
             Check { name: "dense", run: dense },
             Check { name: "drift", run: drift },
+            Check { name: "far_slots", run: far_slots },
         ]
     }
 }

@@ -1,8 +1,9 @@
 //! Router, grouping and the expert feed-forward: each against its reference, and what must hold bit for bit.
 
-use crate::buffer::{Input, Layout, Output, POISON};
+use crate::buffer::{zones, Input, Layout, Output, POISON};
 use crate::cases::quant::{Blocks, Type, NAN_BYTE};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32, U32};
+use crate::guard::Guarded;
 use crate::reference::{moe as reference, quant};
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
@@ -65,10 +66,10 @@ fn logits(case: &RouteCase, seed: u64) -> Vec<f32> {
 fn routed(exec: &Exec<route::Op>, case: &RouteCase, logits: &[f32]) -> Result<(Vec<i32>, Vec<f32>), Error> {
     let input = Input::new(logits, [case.t, case.e], case.layout);
     let pairs = case.t * case.top_k;
-    let (mut ids, mut weights) = (vec![i32::MIN; pairs], vec![f32::from_bits(POISON); pairs]);
+    let (mut ids, mut weights) = (Guarded::filled(pairs, i32::MIN), Guarded::filled(pairs, f32::from_bits(POISON)));
     let (top_k, normalize) = (case.top_k, case.normalize);
     route::run(route::Args { ids: &mut ids, weights: &mut weights, logits: input.view(), top_k, normalize }, exec)?;
-    Ok((ids, weights))
+    Ok((ids.to_vec(), weights.to_vec()))
 }
 
 fn same_ids(what: &str, got: &[i32], want: &[i32]) -> Result<(), Failure> {
@@ -268,10 +269,10 @@ case! {
 
 /// Order and offsets, beside what the call returned.
 fn grouped(exec: Exec<group::Op>, case: &GroupCase, ids: &[i32]) -> (Result<(), Error>, Vec<i64>, Vec<i64>) {
-    let (mut order, mut offsets) = (vec![i64::MIN; ids.len()], vec![i64::MIN; case.e + 1]);
-    let args = group::Args { order: &mut order, offsets: &mut offsets, ids, top_k: case.top_k };
+    let (mut order, mut offsets) = (Guarded::filled(ids.len(), i64::MIN), Guarded::filled(case.e + 1, i64::MIN));
+    let args = group::Args { order: &mut order, offsets: &mut offsets, ids: &Guarded::of(ids), top_k: case.top_k };
     let result = group::run(args, &exec);
-    (result, order, offsets)
+    (result, order.to_vec(), offsets.to_vec())
 }
 
 /// The stable sort by expert.
@@ -458,16 +459,16 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     let (gate, up) = if case.merged {
         let experts =
             (0..e).flat_map(|i| [Inputs::expert(case, &inputs.gate, i), Inputs::expert(case, &inputs.up, i)].concat());
-        merged = experts.collect::<Vec<u8>>();
+        merged = Guarded::of(&experts.collect::<Vec<u8>>());
         Weight::split_gate_up(&merged, up_type, [e, f, d])?
     } else {
         gate = Blocks::new(&inputs.gate, up_type, [e, f, d], case.layout);
         up = Blocks::new(&inputs.up, up_type, [e, f, d], case.layout);
         (gate.view(), up.view())
     };
-    let guard = 64;
+    let (guard, after) = zones(64);
     let len = inputs.ids.len() * f;
-    let mut h = vec![f32::from_bits(POISON); len + 2 * guard];
+    let mut h = Guarded::filled(guard + len + after, f32::from_bits(POISON));
     let args = up::Args { h: &mut h[guard..guard + len], x: x.view(), gate, up, routing: &routing };
     up::run(args, &execs.up)?;
     if let Some(i) = h[guard..guard + len].iter().position(|v| v.to_bits() == POISON) {
@@ -476,10 +477,10 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     if h[..guard].iter().chain(&h[guard + len..]).any(|v| v.to_bits() != POISON) {
         return Err(Failure::new("h: wrote outside the array"));
     }
-    let h = h[guard..guard + len].to_vec();
+    let h = Guarded::of(&h[guard..guard + len]);
     let accumulate = inputs.start.is_some();
     down::run(down::Args { y: y.view(), h: &h, down: down.view(), routing: &routing, accumulate }, &execs.down)?;
-    Ok((h, y.read("y")?))
+    Ok((h.to_vec(), y.read("y")?))
 }
 
 fn wide(x: &[f32]) -> Vec<f64> {

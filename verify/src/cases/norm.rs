@@ -3,6 +3,7 @@
 use super::{normal, wide};
 use crate::buffer::{Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32};
+use crate::guard::Guarded;
 use crate::reference::norm as reference;
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
@@ -104,11 +105,12 @@ pub fn call(exec: &Exec<norm::Op>, case: &Case, inputs: &Inputs) -> Result<Vec<f
     let (x, z) = (Input::new(&inputs.x, shape, case.layout), Input::new(&inputs.z, shape, case.layout));
     let mut y =
         if case.in_place { Output::with(&inputs.x, shape, case.layout) } else { Output::new(shape, case.layout) };
+    let w = Guarded::of(&inputs.w);
     let kind = match case.kind {
-        Kind::Rms => norm::Kind::Rms(Some(&inputs.w)),
+        Kind::Rms => norm::Kind::Rms(Some(&w)),
         Kind::Plain => norm::Kind::Rms(None),
-        Kind::Plus1 => norm::Kind::RmsPlus1(&inputs.w),
-        Kind::Gated => norm::Kind::RmsGated { w: Some(&inputs.w), z: z.view() },
+        Kind::Plus1 => norm::Kind::RmsPlus1(&w),
+        Kind::Gated => norm::Kind::RmsGated { w: Some(&w), z: z.view() },
         Kind::L2 => norm::Kind::L2,
     };
     let x = (!case.in_place).then(|| x.view());

@@ -1,7 +1,8 @@
 //! Block formats: exact decoding, bounded and idempotent encoding, isolation of blocks; and weights for other suites.
 
-use crate::buffer::{Input, Layout, Output};
+use crate::buffer::{zones, Input, Layout, Output};
 use crate::compare::{bitwise, compare, Failure, Metrics, U32};
+use crate::guard::Guarded;
 use crate::reference::quant as reference;
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
@@ -87,7 +88,7 @@ pub const NAN_BYTE: u8 = 0xff;
 
 /// A tensor of blocks laid out for a [`Weight`]: with gaps it starts at an odd address and the gaps decode to NaN.
 pub struct Blocks<const R: usize> {
-    buffer: Vec<u8>,
+    buffer: Guarded<u8>,
     dtype: DType,
     shape: [usize; R],
     strides: [usize; R],
@@ -113,8 +114,8 @@ impl<const R: usize> Blocks<R> {
             at = at.iter().flat_map(|&base| (0..n).map(move |i| base + i * s)).collect();
         }
         let end = at.last().map_or(0, |&last| dtype.bytes(last + row).expect("whole blocks"));
-        let start = usize::from(gaps);
-        let mut buffer = vec![NAN_BYTE; start + end];
+        let start = layout.offset();
+        let mut buffer = Guarded::filled(start + end, NAN_BYTE);
         for (r, &first) in at.iter().enumerate() {
             let to = start + dtype.bytes(first).expect("whole blocks");
             buffer[to..to + row_bytes].copy_from_slice(&packed[r * row_bytes..][..row_bytes]);
@@ -262,12 +263,15 @@ fn encode(exec: &Exec<quantize::Op>, case: &Case, x: &[f32]) -> Result<Vec<u8>, 
     let gap = if case.layout == Layout::Gaps { dtype.block() } else { 0 };
     let y_row = n + gap;
     let (row_bytes, step) = (dtype.bytes(n).expect("whole"), dtype.bytes(y_row).expect("whole"));
-    let guard = 64 + usize::from(gap > 0);
+    let (before, after) = zones(64);
+    let guard = before + case.layout.offset();
+    // The last row ends the array.
+    let length = if case.rows == 0 { 0 } else { (case.rows - 1) * step + row_bytes };
     let input = Input::new(x, [case.rows, n], case.layout);
     let mut results = Vec::new();
     for poison in [0x5a, 0xa5u8] {
-        let mut buffer = vec![poison; guard + case.rows * step + 64];
-        let end = buffer.len() - 64;
+        let end = guard + length;
+        let mut buffer = Guarded::filled(end + after, poison);
         let y = &mut buffer[guard..end];
         quantize::run(quantize::Args { y, dtype, y_row: Some(y_row), x: input.view() }, exec)?;
         let inside = |i: usize| i >= guard && i < end && (i - guard) % step.max(1) < row_bytes;

@@ -3,6 +3,7 @@
 use super::{normal, wide};
 use crate::buffer::{Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32};
+use crate::guard::Guarded;
 use crate::reference::rope as reference;
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
@@ -74,10 +75,11 @@ pub fn call(exec: &Exec<rope::Op>, case: &Case, inputs: &Inputs) -> Result<Vec<f
     let x = Input::new(&inputs.x, shape, case.layout);
     let mut y =
         if case.in_place { Output::with(&inputs.x, shape, case.layout) } else { Output::new(shape, case.layout) };
+    let pos = Guarded::of(&inputs.pos);
     let args = rope::Args {
         y: y.view(),
         x: (!case.in_place).then(|| x.view()),
-        pos: &inputs.pos,
+        pos: &pos,
         base: case.base,
         rotary: 2 * case.half,
     };

@@ -9,7 +9,7 @@ use qwen3next_verify::cases::gated_delta::Timed;
 use qwen3next_verify::timing::{interleaved, Time};
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 #[derive(clap::Args)]
@@ -82,13 +82,14 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     else {
         bail!("--heads {}: expected HK/HV such as 16/32, HV a multiple of HK", args.heads);
     };
-    if !(1..=1024).contains(&args.dim) || args.threads == 0 || args.repetitions == 0 {
-        bail!("--dim, --threads and --repetitions: expected 1 to 1024, at least 1 and at least 1");
+    if !(1..=1024).contains(&args.dim) || !(1..=1024).contains(&args.threads) || args.repetitions == 0 {
+        bail!("--dim, --threads and --repetitions: expected 1 to 1024, 1 to 1024 and at least 1");
     }
     if let Some(t) = args.tokens.iter().find(|t| !(1..=1 << 16).contains(*t)) {
         bail!("--tokens {t}: expected 1 to 65536");
     }
     let variants = chosen(&args.variant)?;
+    let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
     let lines = measure(&variants, &args.tokens, [hk, hv, args.dim], args.threads, args.repetitions)?;
     let out = &mut std::io::stdout().lock();
     match args.output.as_str() {
@@ -128,8 +129,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
         }
     }
-    if let Some(path) = &args.plot {
-        plot(&lines, path).with_context(|| format!("{}", path.display()))?;
+    if let Some(file) = plot_to {
+        plot(&lines, file)?;
     }
     Ok(Done::Ok)
 }
@@ -229,7 +230,7 @@ pub fn table(lines: &[Line], out: &mut impl Write) -> anyhow::Result<()> {
 }
 
 /// Tokens per second over tokens, one line a variant, both axes logarithmic.
-fn plot(lines: &[Line], path: &Path) -> anyhow::Result<()> {
+fn plot(lines: &[Line], file: super::Output) -> anyhow::Result<()> {
     let mut svg = String::new();
     let speed = |l: &Line| l.tokens as f64 / l.time.median;
     let range = |values: Vec<f64>, margin: f64| {
@@ -263,5 +264,5 @@ fn plot(lines: &[Line], path: &Path) -> anyhow::Result<()> {
         chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
         root.present()?;
     }
-    super::write_whole(path, svg.as_bytes())
+    file.finish(svg.as_bytes())
 }

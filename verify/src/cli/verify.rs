@@ -1,5 +1,6 @@
 //! `qwen3next verify`: every variant of every operator on shared cases; failures print how to repeat them.
 
+use crate::cli::mutants;
 use crate::Done;
 use anyhow::{bail, Context};
 use qwen3next_kernels::Isa;
@@ -7,7 +8,7 @@ use qwen3next_verify::cases;
 use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -38,6 +39,21 @@ pub struct Args {
     /// Every fifth case of the grid, few random ones.
     #[arg(long)]
     quick: bool,
+    /// Put known bugs back into copies of the kernels, one after the other: the checks must notice every one of them.
+    #[arg(long, conflicts_with_all = ["op", "isa", "variant", "check", "case", "mutant"])]
+    mutants: bool,
+    /// Run the checks of its operator on this mutant (or on `control_...`, see --mutants), which must fail.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["op", "isa", "variant"])]
+    mutant: Option<String>,
+    /// With --mutants: one check that notices a mutant is enough, and the control group takes the quick grid.
+    #[arg(long, requires = "mutants")]
+    first: bool,
+    /// With --mutant: tell the progress as JSON lines (how --mutants runs it).
+    #[arg(long, requires = "mutant", hide = true)]
+    lines: bool,
+    /// With --lines: every how many-th case of the grid.
+    #[arg(long, requires = "lines", hide = true)]
+    stride: Option<usize>,
     /// Also write the results to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -48,7 +64,10 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         bail!("--backend {}: not built in; expected cpu or all", args.backend);
     }
     let entries = chosen(args.op.as_deref())?;
-    if args.op.is_none() && (args.variant.is_some() || args.check.is_some() || args.case.is_some()) {
+    if args.op.is_none()
+        && args.mutant.is_none()
+        && (args.variant.is_some() || args.check.is_some() || args.case.is_some())
+    {
         bail!("--variant, --check and --case belong to one operator: give --op");
     }
     let isa = match &args.isa {
@@ -58,12 +77,21 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         })?),
     };
     let mut options = if args.quick { Options::quick() } else { Options { random: args.cases, ..Options::default() } };
+    options.stride = args.stride.unwrap_or(options.stride);
     options = Options { seed: args.seed, variant: args.variant, isa, check: args.check, case: args.case, ..options };
 
-    let rows = verify(&entries, &options)?;
+    if args.mutants {
+        return mutants::all(&options, args.first, args.json.as_deref());
+    }
+    let json = args.json.as_deref().map(super::Output::create).transpose()?;
+    let rows = match &args.mutant {
+        Some(id) if args.lines => return mutants::tell(id, &options),
+        Some(id) => mutants::one(id, &options)?,
+        None => verify(&entries, &options)?,
+    };
     print(&rows, &mut std::io::stdout().lock())?;
-    if let Some(path) = &args.json {
-        write_json(path, &options, &rows)?;
+    if let Some(file) = json {
+        write_json(file, &options, &rows)?;
     }
     if rows.is_empty() {
         bail!("nothing to run: no variant has the instruction set {}", args.isa.unwrap_or_default());
@@ -144,7 +172,7 @@ pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_json(path: &Path, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
+fn write_json(file: super::Output, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
     let rows: Vec<_> = rows
         .iter()
         .map(|r| {
@@ -162,5 +190,5 @@ fn write_json(path: &Path, options: &Options, rows: &[Row]) -> anyhow::Result<()
         })
         .collect();
     let document = json!({ "version": env!("CARGO_PKG_VERSION"), "seed": options.seed, "results": rows });
-    super::write_whole(path, serde_json::to_string_pretty(&document)?.as_bytes())
+    file.finish(serde_json::to_string_pretty(&document)?.as_bytes())
 }
