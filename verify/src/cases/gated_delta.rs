@@ -1,4 +1,5 @@
-//! Gated delta rule: the bound against the token loop on every shape, layout and regime, and what must hold bit for bit.
+//! Gated delta rule: the bound against the token loop on every shape, layout and regime, and what must hold bit for
+//! bit.
 
 use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, Failure, Metrics, U32};
@@ -1394,7 +1395,7 @@ fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
             let within = p.state <= p.bound;
             if !within {
                 return Err(Failure::new(format!(
-                    "{} after {} tokens: the state is off by {:e} of its norm, bound {:e}",
+                    "{} after {} tokens: the state is off by {:.2e} of its norm, bound {:.2e}",
                     drift::HEADS[head],
                     p.tokens,
                     p.state,

@@ -17,7 +17,7 @@ pub struct Args {
     #[arg(long, default_value_t = 64)]
     dim: usize,
     /// Variants, separated by commas; with the first one the state is also rounded at every token.
-    #[arg(long, value_delimiter = ',', default_values_t = ["recurrent_scalar".to_string(), "chunked64_scalar".to_string()])]
+    #[arg(long, value_delimiter = ',', default_value = "recurrent_scalar,chunked64_scalar")]
     variant: Vec<String>,
     /// Seed of the inputs.
     #[arg(long, default_value_t = 1)]
