@@ -147,3 +147,33 @@ impl<const R: usize> Output<R> {
         }
     }
 }
+
+/// A pool of three entries that lie more than 2³¹ elements apart: an offset in 32 bits leads elsewhere, for the third entry
+/// into memory that is the pool's own and zero. Only what is touched takes room.
+pub struct FarPool(memmap2::MmapMut);
+
+impl FarPool {
+    /// Entries.
+    pub const SLOTS: usize = 3;
+
+    /// Elements from an entry to the next; two of them are 2²¹ in 32 bits.
+    pub const STRIDE: usize = (1 << 31) + (1 << 20);
+
+    /// A pool with `entries` (slot, content), zero elsewhere. Contents have less than 2²⁰ elements.
+    pub fn new(entries: &[(usize, &[f32])]) -> Result<FarPool, Failure> {
+        let bytes = 4 * FarPool::SLOTS * FarPool::STRIDE;
+        let map = memmap2::MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+        let map = map.map_err(|e| Failure::new(format!("no {bytes} bytes of address space for a pool: {e}")))?;
+        let mut pool = FarPool(map);
+        for &(slot, content) in entries {
+            pool.elements()[slot * FarPool::STRIDE..][..content.len()].copy_from_slice(content);
+        }
+        Ok(pool)
+    }
+
+    /// All elements.
+    pub fn elements(&mut self) -> &mut [f32] {
+        // SAFETY: a map is aligned to a page, its length is a multiple of 4, and any bits are a float.
+        unsafe { self.0.align_to_mut::<f32>().1 }
+    }
+}

@@ -1,7 +1,7 @@
 //! Attention: every row against the formula with the bound its scores and weights give, and what must hold exactly.
 
 use super::{normal, wide};
-use crate::buffer::{Input, Layout, Output};
+use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32, U32};
 use crate::guard::Guarded;
 use crate::reference::attention as reference;
@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayView1, ArrayView2};
 use proptest::prelude::*;
 use qwen3next_kernels::attention::{self, merge, Kv};
-use qwen3next_kernels::{Error, Exec, Variant, View};
+use qwen3next_kernels::{Error, Exec, Variant, View, ViewMut};
 use rand::seq::SliceRandom;
 use rand::Rng as _;
 use std::ops::Range;
@@ -478,7 +478,8 @@ impl Problem {
                 judged.lse_bound.push(if row.lse.is_infinite() {
                     0.0
                 } else {
-                    error + 4.0 * U32 * (row.lse.abs() + 12.0)
+                    // max + log(sum): the logarithm of a sum of at most n + 1 exponentials, and the last addition.
+                    error + 4.0 * U32 * (row.lse.abs() + 1.0 + (range.len() as f64 + 1.0).ln())
                 });
             }
         }
@@ -837,6 +838,53 @@ fn cuts(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Outcome {
     Ok(Some(Metrics::default()))
 }
 
+/// Entries of the cache that lie 2³¹ elements apart are found all the same.
+fn far_slots(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.t != 1 || case.s != 31 {
+        return Ok(None);
+    }
+    let case = Case {
+        batch: 2,
+        kv: KvType::F32,
+        mask: Mask::None,
+        sinks: false,
+        gate: false,
+        window: false,
+        packed: false,
+        ..case.clone()
+    };
+    let problem = Problem::generate(&case, seed);
+    let want = problem.call(&Exec::variant(*variant))?;
+    let [_, s, hkv, d] = problem.cache;
+    let far = |x: &[f32]| {
+        let entry = |b: usize| &x[problem.slot[b] as usize * s * hkv * d..][..s * hkv * d];
+        FarPool::new(&[(2, entry(0)), (0, entry(1))])
+    };
+    let (mut k, mut v) = (far(&problem.k)?, far(&problem.v)?);
+    let (shape, strides) = ([FarPool::SLOTS, s, hkv, d], [FarPool::STRIDE, hkv * d, d, 1]);
+    let mut o = vec![f32::NAN; want.o.len()];
+    let queries = [2, 1, problem.hq, d];
+    let args = attention::Args {
+        o: ViewMut::new(&mut o, queries)?,
+        lse: None,
+        q: View::new(&problem.q, queries)?,
+        k: Kv::F32(View::strided(k.elements(), shape, strides)?),
+        v: Kv::F32(View::strided(v.elements(), shape, strides)?),
+        gate: None,
+        mask: None,
+        sinks: None,
+        slot: Some(&[2, 0]),
+        kv_len: Some(&problem.kv_len),
+        cu_seqlens: None,
+        causal: problem.causal,
+        scale: problem.scale,
+        window: None,
+    };
+    attention::run(args, &Exec::variant(*variant))?;
+    bitwise("o from far slots", &o, &want.o)?;
+    Ok(Some(Metrics::default()))
+}
+
 /// The suite.
 pub struct Attention;
 
@@ -949,6 +997,7 @@ impl Suite for Attention {
             Check { name: "stepwise", run: stepwise },
             Check { name: "isolation", run: isolation },
             Check { name: "cuts", run: cuts },
+            Check { name: "far_slots", run: far_slots },
         ]
     }
 }
@@ -1043,10 +1092,13 @@ impl Merged {
                 let sigmoid = 1.0 / (1.0 + (-gate).exp());
                 let sum: f64 = (0..parts).map(|p| row.weights[p] * v[[p, i]].abs()).sum();
                 judged.o.push(row.o[i] * sigmoid);
-                judged.o_bound.push((2.0 * g * sum + gamma(8) * row.o[i].abs()) * sigmoid + 100.0 * TINY32);
+                // Weights below 2⁻¹²⁶ vanish.
+                let vanished = (0..parts).map(|p| v[[p, i]].abs() + 1.0).sum::<f64>() * TINY32;
+                judged.o_bound.push((2.0 * g * sum + gamma(8) * row.o[i].abs()) * sigmoid + vanished + TINY32);
             }
             judged.lse.push(row.lse);
-            judged.lse_bound.push(if row.lse.is_infinite() { 0.0 } else { g + 4.0 * U32 * (row.lse.abs() + 12.0) });
+            let last = 4.0 * U32 * (row.lse.abs() + 1.0 + (parts as f64 + 1.0).ln());
+            judged.lse_bound.push(if row.lse.is_infinite() { 0.0 } else { g + last });
         }
         judged
     }

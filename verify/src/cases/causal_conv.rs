@@ -1,7 +1,7 @@
 //! Causal convolution: outputs against the formula, state and snapshots bit for bit.
 
 use super::{normal, wide};
-use crate::buffer::{Input, Layout, Output};
+use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32};
 use crate::guard::Guarded;
 use crate::reference::{causal_conv as reference, norm::silu};
@@ -9,7 +9,7 @@ use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
 use ndarray::{ArrayView1, ArrayView2};
 use proptest::prelude::*;
-use qwen3next_kernels::{causal_conv, Exec, Variant};
+use qwen3next_kernels::{causal_conv, Exec, Variant, View, ViewMut};
 use rand::seq::SliceRandom;
 use rand::Rng as _;
 
@@ -396,6 +396,51 @@ fn cuts(variant: &Variant<causal_conv::Op>, case: &Case, seed: u64) -> Outcome {
     Ok(Some(Metrics::default()))
 }
 
+/// Entries of the pool that lie 2³¹ elements apart are found all the same.
+fn far_slots(variant: &Variant<causal_conv::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.t != 3 || case.width < 2 || case.c == 0 {
+        return Ok(None);
+    }
+    let case = Case {
+        batch: 2,
+        states: States::InPlace,
+        snapshots: false,
+        packed: false,
+        layout: Layout::Packed,
+        ..case.clone()
+    };
+    let problem = Problem::generate(&case, seed);
+    let want = problem.call(&Exec::variant(*variant))?;
+    let entry =
+        |pool: &[f32], b: usize| pool[problem.slot_in[b] as usize * problem.window()..][..problem.window()].to_vec();
+    let mut pool = FarPool::new(&[(2, &entry(&problem.pool, 0)), (0, &entry(&problem.pool, 1))])?;
+    let mut y = vec![f32::NAN; want.y.len()];
+    let args = causal_conv::Args {
+        y: ViewMut::new(&mut y, [2, case.t, case.c])?,
+        x: View::new(&problem.x, [2, case.t, case.c])?,
+        w: View::new(&problem.w, [case.c, case.width])?,
+        bias: problem.bias.as_deref(),
+        state: causal_conv::State::InPlace(ViewMut::strided(
+            pool.elements(),
+            [FarPool::SLOTS, case.c, case.width - 1],
+            [FarPool::STRIDE, case.width - 1, 1],
+        )?),
+        snapshots: None,
+        slot_in: Some(&[2, 0]),
+        slot_out: Some(&[2, 0]),
+        cu_seqlens: None,
+        silu: case.silu,
+    };
+    causal_conv::run(args, &Exec::variant(*variant))?;
+    bitwise("y", &y, &want.y)?;
+    let states = want.pool.unwrap_or_default();
+    for (b, slot) in [2, 0].into_iter().enumerate() {
+        let got = &pool.elements()[slot * FarPool::STRIDE..][..problem.window()];
+        bitwise("a far state", got, &entry(&states, b))?;
+    }
+    Ok(Some(Metrics::default()))
+}
+
 /// The suite.
 pub struct CausalConv;
 
@@ -454,6 +499,7 @@ impl Suite for CausalConv {
             Check { name: "alone", run: alone },
             Check { name: "isolation", run: isolation },
             Check { name: "cuts", run: cuts },
+            Check { name: "far_slots", run: far_slots },
         ]
     }
 }

@@ -1,6 +1,6 @@
 //! Gated delta rule: the bound against the token loop on every shape, layout and regime, and what must hold bit for bit.
 
-use crate::buffer::{Input, Layout, Output};
+use crate::buffer::{FarPool, Input, Layout, Output};
 use crate::compare::{bitwise, compare, Failure, Metrics, U32};
 use crate::drift;
 use crate::guard::Guarded;
@@ -537,7 +537,7 @@ fn scaling(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcom
     let inputs = Inputs::generate(case, seed);
     let base = call(&exec(variant), case, &inputs)?;
     let times = |x: &[f32], f: f32| x.iter().map(|x| x * f).collect::<Vec<f32>>();
-    for factor in [0.25, 64.0] {
+    for factor in [0.25, 64.0, 2f32.powi(24)] {
         let scaled = Inputs { v: times(&inputs.v, factor), state: times(&inputs.state, factor), ..inputs.clone() };
         let want = Outputs {
             o: times(&base.o, factor),
@@ -1210,7 +1210,7 @@ fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
 
     // Multiples of 2⁻¹⁴ below 16, and one decay for the four channels that mix.
     let coarse = |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 16384.0).round() / 16384.0);
-    [&mut inputs.q, &mut inputs.k, &mut inputs.state].map(coarse);
+    [&mut inputs.q, &mut inputs.k, &mut inputs.state].into_iter().for_each(coarse);
     if case.gate == GateKind::Channel {
         for row in inputs.g.chunks_mut(case.k) {
             row.chunks_exact_mut(4).for_each(|g| g.fill(g[0]));
@@ -1276,6 +1276,40 @@ fn slot_ids(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
         let apart = call(&exec(variant), &case, &inputs)?;
         inputs.slot_in = vec![inputs.slot_in[0]; case.b];
         all_bitwise("one slot to start from", &call(&exec(variant), &case, &inputs)?, &apart)?;
+    }
+    passed()
+}
+
+/// A sequence alone gives the bits it gives in a batch or among packed sequences.
+fn alone(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.b < 2 && case.rows == Rows::Dense || case.work() > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let inputs = Inputs::generate(case, seed);
+    let all = call(&exec(variant), case, &inputs)?;
+    for b in 0..case.b {
+        let (from, n) = (case.start(b), case.len(b));
+        let cut = |x: &[f32], width: usize| x[from * width..(from + n) * width].to_vec();
+        let one = Case { b: 1, t: n, rows: Rows::Dense, slots: false, ..case.clone() };
+        let state = b * case.state_len()..(b + 1) * case.state_len();
+        let alone = Inputs {
+            q: cut(&inputs.q, case.hk * case.k),
+            k: cut(&inputs.k, case.hk * case.k),
+            v: cut(&inputs.v, case.hv * case.v),
+            g: cut(&inputs.g, case.hv * case.width()),
+            beta: cut(&inputs.beta, case.hv),
+            state: inputs.state[state.clone()].to_vec(),
+            slot_in: vec![0],
+            slot_out: vec![0],
+            slots: 1,
+            scale: inputs.scale,
+        };
+        let want = Outputs {
+            o: cut(&all.o, case.hv * case.v),
+            state: if case.has_state_out() { all.state[state].to_vec() } else { vec![] },
+            snapshots: if case.snapshots { cut(&all.snapshots, case.state_len()) } else { vec![] },
+        };
+        all_bitwise("a sequence alone", &call(&exec(variant), &one, &alone)?, &want)?;
     }
     passed()
 }
@@ -1373,6 +1407,60 @@ fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     Ok(Some(Metrics { bound_multiple, ..Metrics::default() }))
 }
 
+/// Entries of the pool that lie 2³¹ elements apart are found all the same.
+fn far_slots(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.t != 3 || case.state_len() == 0 {
+        return Ok(None);
+    }
+    let case = Case {
+        b: 2,
+        gate: GateKind::Scalar,
+        state: StateKind::InPlace,
+        slots: false,
+        snapshots: false,
+        rows: Rows::Dense,
+        layout: Layout::Packed,
+        ..case.clone()
+    };
+    let inputs = Inputs::generate(&case, seed);
+    let want = call(&exec(variant), &case, &inputs)?;
+    let (n, tokens, slots) = (case.state_len(), [case.b, case.t], [2, 0]);
+    let (first, second) = inputs.state.split_at(n);
+    let mut pool = FarPool::new(&[(2, first), (0, second)])?;
+    let mut o = vec![f32::NAN; want.o.len()];
+    let shape = |heads: usize, width: usize| [tokens[0], tokens[1], heads, width];
+    let args = gated_delta::Args {
+        o: ViewMut::new(&mut o, shape(case.hv, case.v))?,
+        snapshots: None,
+        state: State::InPlace {
+            pool: ViewMut::strided(
+                pool.elements(),
+                [FarPool::SLOTS, case.hv, case.v, case.k],
+                [FarPool::STRIDE, case.v * case.k, case.k, 1],
+            )?,
+            slots: Some(&slots),
+        },
+        q: View::new(&inputs.q, shape(case.hk, case.k))?,
+        k: View::new(&inputs.k, shape(case.hk, case.k))?,
+        v: View::new(&inputs.v, shape(case.hv, case.v))?,
+        gate: Gate::Scalar(LogDecay::unchecked(View::new(&inputs.g, [tokens[0], tokens[1], case.hv])?)),
+        beta: View::new(&inputs.beta, [tokens[0], tokens[1], case.hv])?,
+        cu_seqlens: None,
+        head_map: match case.heads {
+            Heads::Grouped => HeadMap::Grouped,
+            Heads::Tiled => HeadMap::Tiled,
+        },
+        qk_l2norm: case.l2norm.then_some(gated_delta::L2_NORM_EPS),
+        scale: inputs.scale,
+    };
+    gated_delta::run(args, &exec(variant))?;
+    bitwise("o", &o, &want.o)?;
+    for (b, slot) in [2, 0].into_iter().enumerate() {
+        bitwise("a far state", &pool.elements()[slot * FarPool::STRIDE..][..n], &want.state[b * n..][..n])?;
+    }
+    passed()
+}
+
 /// The suite.
 pub struct GatedDelta;
 
@@ -1427,6 +1515,7 @@ impl Suite for GatedDelta {
         grid.push(base.clone());
         grid.push(Case { t: 65, gate: GateKind::Channel, regime: Regime::Parallel, l2norm: false, ..base.clone() });
         grid.push(Case { t: 4096, k: 32, v: 16, hv: 1, regime: Regime::Parallel, ..base.clone() });
+        grid.push(Case { t: 4096, hk: 2, hv: 6, k: 16, v: 8, ..base.clone() });
         grid.push(Case { t: 5, k: 0, ..base.clone() });
         grid.push(Case { t: 5, v: 0, ..base.clone() });
         grid.push(Case { t: 5, hk: 0, hv: 0, ..base.clone() });
@@ -1476,9 +1565,11 @@ impl Suite for GatedDelta {
             Check { name: "rotation", run: rotation },
             Check { name: "agree", run: agree },
             Check { name: "slot_ids", run: slot_ids },
+            Check { name: "alone", run: alone },
             Check { name: "rollback", run: rollback },
             Check { name: "dense", run: dense },
             Check { name: "drift", run: drift },
+            Check { name: "far_slots", run: far_slots },
         ]
     }
 }

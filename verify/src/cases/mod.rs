@@ -5,6 +5,7 @@ pub mod attention;
 pub mod causal_conv;
 pub mod gated_delta;
 pub mod matmul;
+pub mod model;
 pub mod moe;
 pub mod norm;
 pub mod quant;
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Entry> {
         Entry::of::<moe::MoeGroup>(),
         Entry::of::<moe::MoeUp>(),
         Entry::of::<moe::MoeDown>(),
+        Entry::new(model::NAME, model::run),
     ]
 }
 

@@ -234,12 +234,11 @@ fn crowd_ids(crowd: Crowd, t: usize, e: usize, top_k: usize, rng: &mut Rng) -> V
     let mut ids = Vec::with_capacity(t * top_k);
     for _ in 0..t {
         if crowd == Crowd::Skewed {
-            // In turn, each place is taken by one of the first half of what is left, mostly by the very first.
+            // In turn, each place goes to the first expert left with odds of a half, else to the next one likewise.
             experts.sort_unstable();
             for c in 0..top_k.min(e) {
-                let left = (e - c).div_ceil(2);
-                let skip = rng.random_range(0..left).min(rng.random_range(0..left)).min(rng.random_range(0..left));
-                experts[c..].rotate_left(skip);
+                let skip = rng.random::<u32>().trailing_zeros() as usize;
+                experts[c..].rotate_left(skip.min(e - c - 1));
             }
         } else {
             experts.shuffle(rng);
@@ -269,22 +268,39 @@ case! {
 }
 
 /// Order and offsets, beside what the call returned.
-fn grouped(variant: &Variant<group::Op>, case: &GroupCase, ids: &[i32]) -> (Result<(), Error>, Vec<i64>, Vec<i64>) {
+fn grouped(exec: Exec<group::Op>, case: &GroupCase, ids: &[i32]) -> (Result<(), Error>, Vec<i64>, Vec<i64>) {
     let (mut order, mut offsets) = (Guarded::filled(ids.len(), i64::MIN), Guarded::filled(case.e + 1, i64::MIN));
     let args = group::Args { order: &mut order, offsets: &mut offsets, ids: &Guarded::of(ids), top_k: case.top_k };
-    let result = group::run(args, &Exec::variant(*variant));
+    let result = group::run(args, &exec);
     (result, order.to_vec(), offsets.to_vec())
 }
 
 /// The stable sort by expert.
 fn grouped_reference(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> Outcome {
     let ids = crowd_ids(case.crowd, case.t, case.e, case.top_k, &mut rng(seed));
-    let (result, order, offsets) = grouped(variant, case, &ids);
+    let (result, order, offsets) = grouped(Exec::variant(*variant), case, &ids);
     result?;
     let (got, want) = ((order, offsets), reference::group(&ids, case.e));
     if got != want {
         return Err(Failure::new(format!("ids {ids:?}: got {got:?}, expected {want:?}")));
     }
+    PASSED
+}
+
+/// Any number of parts and threads, and any run, gives the same grouping.
+fn grouped_cuts(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> Outcome {
+    let ids = crowd_ids(case.crowd, case.t, case.e, case.top_k, &mut rng(seed));
+    let (result, order, offsets) = grouped(Exec::variant(*variant), case, &ids);
+    result?;
+    everywhere(variant, |exec| {
+        let (result, o, f) = grouped(exec, case, &ids);
+        result?;
+        if o == order && f == offsets {
+            Ok(())
+        } else {
+            Err(Failure::new(format!("ids {ids:?}: got {o:?} and {f:?}, before {order:?} and {offsets:?}")))
+        }
+    })?;
     PASSED
 }
 
@@ -297,7 +313,7 @@ fn grouped_bad_id(variant: &Variant<group::Op>, case: &GroupCase, seed: u64) -> 
     let at = seed as usize % ids.len();
     for bad in [-1, case.e as i32, i32::MIN, i32::MAX] {
         ids[at] = bad;
-        match grouped(variant, case, &ids) {
+        match grouped(Exec::variant(*variant), case, &ids) {
             (Err(e), order, offsets)
                 if e.to_string().contains("ids: value") && order.iter().chain(&offsets).all(|&o| o == i64::MIN) => {}
             other => return Err(Failure::new(format!("id {bad}: {other:?}"))),
@@ -326,7 +342,11 @@ impl Suite for MoeGroup {
     }
 
     fn checks() -> Vec<Check<Self>> {
-        vec![Check { name: "reference", run: grouped_reference }, Check { name: "bad_id", run: grouped_bad_id }]
+        vec![
+            Check { name: "reference", run: grouped_reference },
+            Check { name: "cuts", run: grouped_cuts },
+            Check { name: "bad_id", run: grouped_bad_id },
+        ]
     }
 }
 

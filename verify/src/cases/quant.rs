@@ -431,11 +431,17 @@ fn tiny_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outco
     }
 }
 
-/// Any cut over any number of parts and threads gives the same bytes.
+/// Any cut over any number of parts and threads, and a row alone, give the same bytes.
 fn encoded_cuts(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
     let x = values(case, seed);
     let whole = encode(&Exec::variant(*variant).parts(1), case, &x)?;
     everywhere(variant, |exec| same_bytes("cut", &encode(&exec, case, &x)?, &whole))?;
+    let one = Case { rows: 1, ..case.clone() };
+    let row_bytes = whole.len() / case.rows.max(1);
+    for row in 0..case.rows {
+        let alone = encode(&Exec::variant(*variant), &one, &x[row * case.n()..][..case.n()])?;
+        same_bytes("a row alone", &alone, &whole[row * row_bytes..][..row_bytes])?;
+    }
     Ok(Some(Metrics::default()))
 }
 

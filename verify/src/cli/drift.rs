@@ -6,7 +6,7 @@ use plotters::prelude::*;
 use qwen3next_kernels::Variant;
 use qwen3next_verify::drift::{self, Curve, Point, Runner, Store, HEADS, QUICK, STEP};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -43,6 +43,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
                 .with_context(|| format!("--variant {name}: no such variant of gated_delta on this CPU"))
         })
         .collect::<anyhow::Result<_>>()?;
+    let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
     let all = |state| variants.iter().map(move |&variant| Runner { variant, state, step: STEP, tokens: args.tokens });
     let every_token = variants.first().map(|&variant| Runner {
         variant,
@@ -53,8 +54,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let runners: Vec<Runner> = all(Store::F32).chain(all(Store::Bf16)).chain(every_token).collect();
     let curves = drift::run(args.tokens, args.dim, args.seed, &runners).map_err(|e| anyhow::anyhow!("{e}"))?;
     table(&runners, &curves, &mut std::io::stdout().lock())?;
-    if let Some(path) = &args.plot {
-        plot(&runners, &curves, args.dim, path).with_context(|| format!("{}", path.display()))?;
+    if let Some(file) = plot_to {
+        plot(&runners, &curves, args.dim, file)?;
     }
     Ok(Done::Ok)
 }
@@ -83,7 +84,7 @@ fn table(runners: &[Runner], curves: &[Curve], out: &mut impl Write) -> anyhow::
 }
 
 /// Four panels: state and outputs, a column a head; both axes logarithmic.
-fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow::Result<()> {
+fn plot(runners: &[Runner], curves: &[Curve], dim: usize, file: super::Output) -> anyhow::Result<()> {
     type Of = fn(&Point) -> f64;
     let kinds: [(&str, Of); 2] = [("state", |p| p.state), ("last 64 outputs", |p| p.output)];
     let points = || curves.iter().flat_map(|c| &c.points);
@@ -98,11 +99,19 @@ fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow
         let (head, body) = root.split_vertically(110);
         let title = format!("gated_delta: error against float64 along the sequence, K = V = {dim}");
         head.draw(&Text::new(title, (20, 12), ("sans-serif", 20)))?;
-        let style = |i: usize| Palette99::pick(i).to_rgba();
+        let style = |i: usize| Palette99::pick([0, 1, 3, 4, 5, 6][i % 6]).to_rgba();
+        // The first variant's curve is wider, so that it shows below another one that agrees with it.
+        let wide = |i: usize| {
+            let covered = runners[i + 1..].iter().any(|r| r.state == runners[i].state && r.step == runners[i].step);
+            if covered {
+                6
+            } else {
+                2
+            }
+        };
         for (i, runner) in runners.iter().enumerate() {
             let (x, y) = (24 + (i % 2) as i32 * 400, 48 + (i / 2) as i32 * 20);
-            head.draw(&PathElement::new([(x, y + 6), (x + 24, y + 6)], style(i).stroke_width(2)))?;
-            head.draw(&Circle::new((x + 12, y + 6), 3, style(i).filled()))?;
+            head.draw(&PathElement::new([(x, y + 6), (x + 24, y + 6)], style(i).stroke_width(wide(i))))?;
             head.draw(&Text::new(runner.name(), (x + 32, y), ("sans-serif", 14)))?;
         }
         for (panel, area) in body.split_evenly((2, 2)).iter().enumerate() {
@@ -126,11 +135,10 @@ fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow
                 .draw()?;
             for (i, curve) in curves.iter().skip(h).step_by(HEADS.len()).enumerate() {
                 let line = curve.points.iter().map(|p| (p.tokens as f64, of(p).max(low)));
-                chart.draw_series(LineSeries::new(line.clone(), style(i).stroke_width(2)))?;
-                chart.draw_series(line.map(|p| Circle::new(p, 3, style(i).filled())))?;
+                chart.draw_series(LineSeries::new(line, style(i).stroke_width(wide(i))))?;
             }
         }
         root.present()?;
     }
-    super::write_whole(path, svg.as_bytes())
+    file.finish(svg.as_bytes())
 }
