@@ -154,8 +154,9 @@ mod faults {
             let text = String::from_utf8_lossy(&child.stderr);
             let signal = child.status.signal();
             assert!(matches!(signal, Some(libc::SIGSEGV | libc::SIGBUS)), "{name}: {:?}\n{text}", child.status);
-            let command = format!("qwen3next verify --op rope --variant {name} --check ");
-            assert!(text.contains("died of SIG") && text.contains(&command), "{name}: {text}");
+            // The command line can't reach a variant of this file: it is told as options.
+            let told = ["died of SIG", "check: Some(", "case: Some(", "seed: "].iter().all(|part| text.contains(part));
+            assert!(told, "{name}: {text}");
         }
     }
 }
