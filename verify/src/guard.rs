@@ -88,7 +88,52 @@ impl<T: Copy + std::fmt::Debug> std::fmt::Debug for Guarded<T> {
 #[cfg(unix)]
 mod memory {
     use super::Place;
+    use std::cell::RefCell;
+    use std::collections::HashMap;
     use std::ptr::NonNull;
+
+    /// Mappings a thread keeps of each size: making one costs three calls of the system and fresh pages.
+    const KEPT: usize = 32;
+    /// Larger ones are given back at once.
+    const MOST: usize = 1 << 20;
+
+    /// Unused mappings by their size.
+    #[derive(Default)]
+    struct Free(HashMap<usize, Vec<*mut libc::c_void>>);
+
+    impl Drop for Free {
+        fn drop(&mut self) {
+            for (bytes, list) in self.0.drain() {
+                // SAFETY: mappings of this size that no Memory owns any more.
+                list.into_iter().for_each(|base| unsafe {
+                    libc::munmap(base, bytes);
+                });
+            }
+        }
+    }
+
+    thread_local! {
+        static FREE: RefCell<Free> = RefCell::default();
+    }
+
+    /// A mapping of this size, its inner pages accessible.
+    fn map(bytes: usize, page: usize) -> *mut libc::c_void {
+        if let Some(base) = FREE.with(|free| free.borrow_mut().0.get_mut(&bytes)?.pop()) {
+            return base;
+        }
+        // SAFETY: a fresh private mapping of no file, then its inner pages made accessible; failure is checked.
+        unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
+            let base = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0);
+            assert!(base != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+            let inner = bytes - 2 * page;
+            if inner > 0 {
+                let open = libc::mprotect(base.byte_add(page), inner, libc::PROT_READ | libc::PROT_WRITE);
+                assert!(open == 0, "mprotect: {}", std::io::Error::last_os_error());
+            }
+            base
+        }
+    }
 
     /// A mapping of whole pages whose first and last are inaccessible.
     pub struct Memory<T> {
@@ -115,17 +160,7 @@ mod memory {
             let inner = used.next_multiple_of(page);
             let bytes = inner + 2 * page;
             assert!(align_of::<T>() <= page);
-            // SAFETY: a fresh private mapping of no file, then its inner pages made accessible; failure is checked.
-            let base = unsafe {
-                let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
-                let base = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0);
-                assert!(base != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
-                if inner > 0 {
-                    let open = libc::mprotect(base.byte_add(page), inner, libc::PROT_READ | libc::PROT_WRITE);
-                    assert!(open == 0, "mprotect: {}", std::io::Error::last_os_error());
-                }
-                base
-            };
+            let base = map(bytes, page);
             // A type's size is a multiple of its alignment, so counting back from the page's end keeps it.
             let skip = page + if place == Place::End { inner - used } else { 0 };
             // SAFETY: `skip` + `used` lie inside the mapping, the inner pages are writable and aligned for T.
@@ -150,7 +185,20 @@ mod memory {
 
     impl<T> Drop for Memory<T> {
         fn drop(&mut self) {
-            if self.bytes > 0 {
+            if self.bytes == 0 {
+                return;
+            }
+            let keep = |free: &RefCell<Free>| {
+                let mut free = free.borrow_mut();
+                let list = free.0.entry(self.bytes).or_default();
+                let kept = self.bytes <= MOST && list.len() < KEPT;
+                if kept {
+                    list.push(self.base);
+                }
+                kept
+            };
+            // A thread that ends has no list any more.
+            if !FREE.try_with(keep).unwrap_or(false) {
                 // SAFETY: the mapping that `new` made; nothing refers to it any more.
                 unsafe { libc::munmap(self.base, self.bytes) };
             }
