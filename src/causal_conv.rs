@@ -124,7 +124,7 @@ pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
         C: c as i64,
         width: width as i64,
     };
-    let cost = rows.saturating_mul(t).saturating_mul(c).saturating_mul(2 * width + 20);
+    let cost = rows.saturating_mul(t).saturating_mul(c).saturating_mul(width.saturating_mul(2).saturating_add(20));
     // SAFETY: every view lies inside its slice and has the shape just compared; bias, slots and cu_seqlens have the
     // lengths compared, and the C check validates what the latter hold.
     unsafe { exec.execute(&raw, cost) }

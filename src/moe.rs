@@ -348,7 +348,7 @@ pub mod up {
             D: d as i64,
             F: f as i64,
         };
-        let cost = (2 * pairs + 4 * pairs.min(experts)).saturating_mul(f).saturating_mul(2 * d);
+        let cost = (2 * pairs + 4 * pairs.min(experts)).saturating_mul(f).saturating_mul(d.saturating_mul(2));
         // SAFETY: every view lies inside its slice and has the shape just compared; a Routing's order and offsets hold
         // pairs and experts below its sizes.
         unsafe { exec.execute(&raw, cost) }
@@ -413,7 +413,7 @@ pub mod down {
             D: d as i64,
             F: f as i64,
         };
-        let cost = (pairs + 2 * pairs.min(experts)).saturating_mul(d).saturating_mul(2 * f);
+        let cost = (pairs + 2 * pairs.min(experts)).saturating_mul(d).saturating_mul(f.saturating_mul(2));
         // SAFETY: every view lies inside its slice and has the shape just compared; a Routing's order and offsets hold
         // pairs and experts below its sizes.
         unsafe { exec.execute(&raw, cost) }

@@ -104,7 +104,7 @@ int64_t q3n_attention_items(const q3n_attention_args *a) {
 
 /* The rows' sums of values, maxima and sums of weights, and one block of keys and of values in float. */
 int64_t q3n_attention_scratch(const q3n_attention_args *a) {
-  if (a->HQ == 0 || a->T == 0) return 0;
+  if (a->B == 0 || a->HQ == 0 || a->T == 0) return 0; /* an empty o bounds no size */
   const int64_t queries = a->T < Q3N_ATTENTION_QUERIES ? a->T : Q3N_ATTENTION_QUERIES;
   const int64_t rows = queries * (a->HQ / a->HKV);
   return q3n_align(rows * a->D * 4) + 2 * q3n_align(rows * 4) + 2 * q3n_align(Q3N_ATTENTION_KEYS * a->D * 4);

@@ -24,7 +24,9 @@ static float reciprocal(float d) {
   return fabsf(r) < INFINITY ? r : 0.0f;
 }
 
-static float clamp(float x, float lo, float hi) { return x < lo ? lo : x > hi ? hi : x; }
+/* lo where x is NaN, so that the conversion to an integer that follows is defined: a scale past f16's range times a
+   level of 0 is one. Such a candidate has an error of NaN and never wins. */
+static float clamp(float x, float lo, float hi) { return x > lo ? (x < hi ? x : hi) : lo; }
 
 static void to_q8_0(const float *x, q3n_block_q8_0 *b) {
   const float most = extreme(x, 32), d = fabsf(most) / 127.0f, inverse = reciprocal(d);

@@ -23,11 +23,8 @@ impl Default for Options {
 /// The bytes of a file.
 pub(crate) fn open(path: &Path, options: Options) -> Result<Store, Error> {
     let io = |source| Error::io(path, source);
+    expect_regular(path)?;
     let file = File::open(path).map_err(io)?;
-    let meta = file.metadata().map_err(io)?;
-    if !meta.is_file() {
-        return Err(Error::format(path, "is not a regular file"));
-    }
     if !options.mmap {
         return Ok(Store::Owned(Arc::new(std::fs::read(path).map_err(io)?)));
     }
@@ -37,10 +34,19 @@ pub(crate) fn open(path: &Path, options: Options) -> Result<Store, Error> {
     Ok(Store::Mapped(Arc::new(map)))
 }
 
+/// Bytes of a regular file. A device may have no end, and opening a pipe may wait for ever.
+fn expect_regular(path: &Path) -> Result<u64, Error> {
+    let meta = std::fs::metadata(path).map_err(|source| Error::io(path, source))?;
+    if meta.is_file() {
+        return Ok(meta.len());
+    }
+    Err(Error::format(path, "is not a regular file"))
+}
+
 /// A small text file, refused where it is larger than `limit` bytes.
 pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, Error> {
     let io = |source| Error::io(path, source);
-    let size = std::fs::metadata(path).map_err(io)?.len();
+    let size = expect_regular(path)?;
     if size > limit {
         return Err(Error::format(path, format!("has {size} bytes, expected at most {limit}")));
     }

@@ -6,6 +6,7 @@
 use crate::error::{shown, Error};
 use crate::file::{self, Options};
 use crate::weights::Store;
+use crate::whole::WholeFile;
 use qwen3next_kernels::DType;
 use std::collections::HashMap;
 use std::io::Write;
@@ -733,9 +734,8 @@ impl Writer {
         path: &Path,
         mut fill: impl FnMut(usize, &mut dyn Write) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let mut temporary = Temporary::new(path);
         let io = |source| Error::io(path, source);
-        let file = std::fs::File::create(&temporary.path).map_err(io)?;
+        let file = WholeFile::create(path).map_err(io)?;
         let mut out = Counted { inner: std::io::BufWriter::with_capacity(1 << 20, file), bytes: 0 };
         out.write_all(&self.header(path)?).map_err(io)?;
         for (i, (name, ..)) in self.tensors.iter().enumerate() {
@@ -748,10 +748,7 @@ impl Writer {
             let padding = expected.next_multiple_of(self.alignment as u64) - expected;
             std::io::copy(&mut std::io::Read::take(std::io::repeat(0), padding), &mut out).map_err(io)?;
         }
-        out.inner.into_inner().map_err(|e| io(e.into_error()))?;
-        std::fs::rename(&temporary.path, path).map_err(io)?;
-        temporary.done = true;
-        Ok(())
+        out.inner.into_inner().map_err(|e| io(e.into_error()))?.finish().map_err(io)
     }
 }
 
@@ -770,27 +767,5 @@ impl<W: Write> Write for Counted<W> {
 
     fn flush(&mut self) -> std::io::Result<()> {
         self.inner.flush()
-    }
-}
-
-/// A file beside the target that is removed unless it was renamed.
-struct Temporary {
-    path: PathBuf,
-    done: bool,
-}
-
-impl Temporary {
-    fn new(target: &Path) -> Temporary {
-        let mut name = target.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.tmp", std::process::id()));
-        Temporary { path: target.with_file_name(name), done: false }
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if !self.done {
-            let _ = std::fs::remove_file(&self.path);
-        }
     }
 }

@@ -13,6 +13,7 @@
 //! | [`generate`] | choosing the next token |
 //! | [`perplexity`] | likelihood of a text, divergence of two sets of logits |
 //! | [`synth`] | random weights in the real shapes |
+//! | [`whole`] | output files that are there whole or not at all |
 
 mod attention_layer;
 pub mod config;
@@ -34,6 +35,7 @@ pub mod synth;
 pub mod tokenizer;
 mod ubatch;
 pub mod weights;
+pub mod whole;
 
 pub use config::Config;
 pub use error::Error;

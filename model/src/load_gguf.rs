@@ -104,11 +104,13 @@ impl Keys<'_> {
 /// Which layers are recurrent: a list, one value for all, or every layer but each `interval`-th.
 fn layer_kinds(keys: &Keys, layers: usize) -> Result<Vec<LayerKind>, Error> {
     const KEY: &str = "attention.recurrent_layers";
-    let kind = |value: Value| match value {
-        Value::Bool(true) | Value::Int(1) => Ok(LayerKind::Delta),
-        Value::Bool(false) | Value::Int(0) => Ok(LayerKind::Attention),
-        other => Err(keys.refuse(KEY, format!("holds {other:?}, expected true or false"))),
-    };
+    let kind =
+        |value: Value| match value {
+            Value::Bool(true) | Value::Int(1) => Ok(LayerKind::Delta),
+            Value::Bool(false) | Value::Int(0) => Ok(LayerKind::Attention),
+            other => Err(keys
+                .refuse(KEY, format!("holds {}, expected true or false", crate::error::shown(&format!("{other:?}"))))),
+        };
     match keys.0.value(&Keys::name(KEY)) {
         Some(Value::Array(list)) if list.len() < layers => {
             Err(keys.refuse(KEY, format!("has {} entries, expected one a layer ({layers})", list.len())))

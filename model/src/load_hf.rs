@@ -195,12 +195,16 @@ fn config(j: &Json) -> Result<Config, Error> {
             return Err(j.refuse("rope_type", format!("is \"{}\", expected \"default\"", shown(&kind))));
         }
     }
-    let rope_base = rope.number("rope_theta")?.or(j.number("rope_theta")?).unwrap_or(10_000.0);
+    let theta = rope.number("rope_theta")?.or(j.number("rope_theta")?).unwrap_or(10_000.0);
     let part = rope.number("partial_rotary_factor")?.or(j.number("partial_rotary_factor")?).unwrap_or(0.25);
     if !(0.0..=1.0).contains(&part) {
         return Err(j.refuse("partial_rotary_factor", format!("is {part}, expected 0 to 1")));
     }
     let head_dim = j.sized("head_dim", 256)?;
+    // transformers takes the frequencies theta^(-2i/width) with 2i < width: an odd width rotates one channel more.
+    let width = (head_dim as f64 * part) as usize;
+    let rotary = width.saturating_add(width % 2);
+    let rope_base = if width % 2 == 0 { theta } else { theta.powf(rotary as f64 / width as f64) };
 
     let experts = j.sized("num_experts", 512)?;
     let step = j.sized("decoder_sparse_step", 1)?;
@@ -232,7 +236,7 @@ fn config(j: &Json) -> Result<Config, Error> {
             heads: j.sized("num_attention_heads", 16)?,
             kv_heads: j.sized("num_key_value_heads", 2)?,
             head_dim,
-            rotary: (head_dim as f64 * part) as usize,
+            rotary,
             rope_base,
         },
         delta: DeltaConfig {
@@ -426,5 +430,22 @@ impl Names<'_, '_> {
             Some(())
         });
         copy.ok_or_else(|| bad(0, "does not fit its type"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{config, Json};
+
+    #[test]
+    fn an_odd_rotary_width_keeps_its_frequencies() {
+        let json = serde_json::json!({"model_type": "qwen3_next", "head_dim": 20, "rope_theta": 1e6});
+        let json = Json { path: "config.json".into(), map: json.as_object().cloned().unwrap_or_default() };
+        let a = config(&json).unwrap().attention;
+        assert_eq!(a.rotary, 6);
+        for i in 0..3 {
+            let (got, expected) = (a.rope_base.powf(-f64::from(2 * i) / 6.0), 1e6f64.powf(-f64::from(2 * i) / 5.0));
+            assert!((got / expected - 1.0).abs() < 1e-12, "{i}: {got} {expected}");
+        }
     }
 }

@@ -98,13 +98,12 @@ impl State {
             let n = n.ok_or_else(|| {
                 Error::argument("context", format!("{slots} slots of {capacity} tokens are too large"))
             })?;
-            let mut values = Vec::new();
             let bytes = 4 * n;
-            values.try_reserve_exact(n).map_err(|_| {
+            Vec::<f32>::new().try_reserve_exact(n).map_err(|_| {
                 Error::argument("context", format!("no memory for {bytes} bytes of state in one layer"))
             })?;
-            values.resize(n, 0.0f32);
-            Ok::<_, Error>(values)
+            // Fresh zero pages: a long context takes memory as it fills, not at once.
+            Ok::<_, Error>(vec![0.0f32; n])
         };
         let layers = config
             .layers
@@ -296,7 +295,7 @@ impl State {
         for (i, values) in steps.into_iter().enumerate() {
             self.history[slot].push_back(Checkpoint { length: length + i + 1, values });
         }
-        while self.history[slot].len() > self.depth + 1 {
+        while self.history[slot].len() > self.depth.saturating_add(1) {
             self.history[slot].pop_front();
         }
     }

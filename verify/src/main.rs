@@ -3,6 +3,7 @@
 
 mod cli;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -46,7 +47,17 @@ pub enum Done {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(cli::spelling::normalise(std::env::args()));
+    let interrupted = ctrlc::set_handler(|| {
+        qwen3next_model::whole::remove_unfinished();
+        std::process::exit(130);
+    });
+    if let Err(e) = interrupted {
+        eprintln!("warning: an interrupt may leave a temporary file: {e}");
+    }
+    let cli = match Cli::try_parse_from(cli::spelling::normalise(std::env::args_os())) {
+        Ok(cli) => cli,
+        Err(e) => return refuse(&e),
+    };
     let done = match cli.command {
         None => cli::tour::run(),
         Some(Command::Verify(args)) => cli::verify::run(args),
@@ -67,9 +78,20 @@ fn main() -> ExitCode {
         }
         Err(e) => {
             eprintln!("error: {}", one_line(&e));
-            ExitCode::from(2)
+            ExitCode::from(if e.is::<cli::Wrong>() { 1 } else { 2 })
         }
     }
+}
+
+/// Help goes out as it is; what is wrong with the arguments, in one line.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let text = error.render().to_string();
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        error.exit();
+    }
+    let what = text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
+    eprintln!("{}", what.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" "));
+    ExitCode::from(2)
 }
 
 /// The error and its causes in one line; a cause that the text before it already tells is left out.

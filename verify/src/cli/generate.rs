@@ -2,7 +2,7 @@
 
 use crate::cli::model::{self, Loaded};
 use crate::Done;
-use anyhow::{bail, Context};
+use anyhow::bail;
 use qwen3next_model::generate::{Sampler, Sampling};
 use qwen3next_model::{Batch, State};
 use std::io::Write;
@@ -46,21 +46,21 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<Done> {
     let prompt = match &args.file {
-        Some(path) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?,
+        Some(path) => super::read_text(path)?,
         None => args.prompt.clone(),
     };
     let sampling =
         Sampling { temperature: args.temp, top_k: args.top_k, top_p: args.top_p, min_p: args.min_p, seed: args.seed };
     let sampler = Sampler::new(sampling)?;
     let loaded = args.model.load()?;
-    if !args.no_echo {
-        print!("{prompt}");
-    }
+    // With the first text, so that nothing is printed where the prompt cannot be read.
+    let mut echo = (!args.no_echo).then_some(prompt.as_str());
     let written = speak(&loaded, &args.model, &prompt, args.predict, args.ctx, sampler, |text| {
-        print!("{text}");
-        Ok(std::io::stdout().flush()?)
+        let mut out = std::io::stdout();
+        write!(out, "{}{text}", echo.take().unwrap_or_default())?;
+        Ok(out.flush()?)
     })?;
-    println!();
+    writeln!(std::io::stdout())?;
     eprintln!(
         "prompt {} tokens, {:.1} tok/s; answer {} tokens, {:.1} tok/s",
         written.prompt,
@@ -98,7 +98,7 @@ pub fn speak(
     if tokens.is_empty() {
         bail!("the prompt is empty and the model has no token to begin with");
     }
-    let ctx = ctx.unwrap_or(tokens.len() + predict);
+    let ctx = ctx.unwrap_or(tokens.len().saturating_add(predict));
     if tokens.len() > ctx {
         bail!("--ctx {ctx}: the prompt has {} tokens", tokens.len());
     }

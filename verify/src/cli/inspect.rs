@@ -40,7 +40,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             .map(|t| json!({"name": t.name, "type": t.dtype, "shape": t.shape, "bytes": t.bytes, "used": t.used}))
             .collect();
         let document = json!({
-            "model": loaded.name, "name": meta.name, "container": meta.container, "files": meta.files,
+            "model": loaded.name, "name": meta.name, "container": meta.container, "files": meta.files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>(),
             "file_bytes": meta.file_bytes, "parameters": meta.parameters(), "vocab": c.vocab, "hidden": c.hidden,
             "layers": kinds, "context": c.context, "norm_eps": c.norm_eps, "tied": c.tied, "mtp_layers": c.mtp_layers,
             "attention": {"heads": a.heads, "kv_heads": a.kv_heads, "head_dim": a.head_dim, "rotary": a.rotary,

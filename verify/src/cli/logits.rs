@@ -4,6 +4,7 @@ use crate::cli::{model, npy};
 use crate::Done;
 use anyhow::{bail, Context};
 use qwen3next_model::{Batch, State};
+use std::io::Write;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -32,7 +33,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let given = match (&args.tokens, &args.tokens_file) {
         (Some(list), _) => Some(parse(list).context("--tokens")?),
         (_, Some(path)) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+            let text = super::read_text(path)?;
             Some(parse(&text).with_context(|| format!("{}", path.display()))?)
         }
         _ => None,
@@ -62,7 +63,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     }
     bar.finish_and_clear();
     out.finish()?;
-    println!("{}: float32 [{rows}, {}]", args.out.display(), config.vocab);
+    writeln!(std::io::stdout(), "{}: float32 [{rows}, {}]", args.out.display(), config.vocab)?;
     Ok(Done::Ok)
 }
 

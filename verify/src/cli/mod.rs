@@ -9,6 +9,7 @@ pub mod model;
 pub mod mutants;
 pub mod npy;
 pub mod perplexity;
+pub mod plugin;
 pub mod spelling;
 pub mod synth;
 pub mod tour;
@@ -16,8 +17,9 @@ pub mod verify;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::Write;
-use std::path::Path;
+use qwen3next_model::whole::WholeFile;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 
 /// A progress bar on stderr (hidden where stderr is no terminal).
 pub fn progress(len: u64, template: &str) -> ProgressBar {
@@ -26,12 +28,44 @@ pub fn progress(len: u64, template: &str) -> ProgressBar {
     bar
 }
 
-/// Writes a file so that it is there whole or not at all.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let fail = || format!("{}: cannot write", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(fail)?;
-    file.write_all(bytes).with_context(fail)?;
-    file.persist(path).with_context(fail)?;
-    Ok(())
+/// A file to write that will be there whole or not at all. Made before the work starts: a bad path costs no time.
+pub struct Output {
+    file: WholeFile,
+    path: PathBuf,
 }
+
+impl Output {
+    /// Begins the file.
+    pub fn create(path: &Path) -> anyhow::Result<Output> {
+        let file = WholeFile::create(path).with_context(|| format!("{}: cannot write", path.display()))?;
+        Ok(Output { file, path: path.into() })
+    }
+
+    /// Writes all of it and puts it in its place.
+    pub fn finish(mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        let written = self.file.write_all(bytes).and_then(|()| self.file.finish());
+        written.with_context(|| format!("{}: cannot write", self.path.display()))
+    }
+}
+
+/// A text to read, from a file or a pipe.
+pub fn read_text(path: &Path) -> anyhow::Result<String> {
+    const MOST: u64 = 1 << 28;
+    let fail = || format!("{}", path.display());
+    let mut bytes = Vec::new();
+    std::fs::File::open(path).and_then(|f| f.take(MOST + 1).read_to_end(&mut bytes)).with_context(fail)?;
+    anyhow::ensure!(bytes.len() as u64 <= MOST, "{}: has more than {MOST} bytes", path.display());
+    String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("{}: is not UTF-8 text", path.display()))
+}
+
+/// An error that is a wrong kernel rather than bad input: exit status 1.
+#[derive(Debug)]
+pub struct Wrong(pub String);
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Wrong {}

@@ -17,8 +17,8 @@ pub struct Args {
     /// Tokens that go through the layers together (-ub).
     #[arg(long, default_value_t = 512, value_parser = at_least_one)]
     pub ubatch: usize,
-    /// Threads; by default one a core.
-    #[arg(short, long, value_parser = at_least_one)]
+    /// Threads, at most 1024; by default one a core.
+    #[arg(short, long, value_parser = threads)]
     pub threads: Option<usize>,
     /// Delta rule: 0 unfused, 1 fused for several tokens, 2 fused (default; also from Q3N_FUSED_DELTA or
     /// LLAMA_QWEN3NEXT_FUSED_DELTA).
@@ -30,6 +30,13 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1048576".into()),
+    }
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if (1..=1024).contains(&n) => Ok(n),
+        _ => Err("expected a whole number from 1 to 1024".into()),
     }
 }
 

@@ -2,12 +2,11 @@
 
 use crate::cli::{model, npy};
 use crate::Done;
-use anyhow::{bail, Context};
-use ndarray::Array2;
-use ndarray_npy::ReadNpyExt;
+use anyhow::bail;
 use qwen3next_model::perplexity::{divergence, negative_log_likelihood, scored_rows, top, windows, Scored, Sum};
 use serde_json::json;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -38,7 +37,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<Done> {
     let text = match (&args.file, &args.model.model) {
-        (Some(path), _) => std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?,
+        (Some(path), _) => super::read_text(path)?,
         (None, None) => qwen3next_model::embedded::HELD_OUT.to_string(),
         (None, Some(_)) => bail!("--file: expected a text to read with this model"),
     };
@@ -53,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         bail!("--ctx {}: expected 2 to {}, the tokens of the text", args.ctx, tokens.len());
     }
     let rows = scored_rows(tokens.len(), args.ctx, scored);
-    let base = args.kl_base.as_deref().map(|path| read_base(path, rows, vocab)).transpose()?;
+    let mut base = args.kl_base.as_deref().map(|path| npy::Reader::open(path, rows, vocab)).transpose()?;
     let mut save = args.save_logits.as_deref().map(|path| npy::Writer::create(path, rows, vocab)).transpose()?;
 
     let bar = super::progress((tokens.len() / args.ctx) as u64, "perplexity {wide_bar} {pos}/{len} {msg} {eta}");
@@ -64,8 +63,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             let likelihood = negative_log_likelihood(logits, next)?;
             anyhow::ensure!(!likelihood.is_nan(), "window {}: a logit is NaN", window.index);
             nll.add(likelihood);
-            if let Some(base) = &base {
-                let base = base.row(row).to_vec();
+            if let Some(base) = &mut base {
+                let base = base.row()?;
                 base_nll.add(negative_log_likelihood(&base, next)?);
                 let d = divergence(&base, logits);
                 kl.add(d);
@@ -90,6 +89,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let p999 = kls.get((kls.len() * 999).div_ceil(1000).saturating_sub(1)).copied();
     let agreement = agree as f64 / row.max(1) as f64;
     let ratio = nll.perplexity() / base_nll.perplexity();
+    let mut out = std::io::stdout().lock();
     if args.output == "json" {
         let mut result = json!({
             "model": loaded.name, "tokens": tokens.len(), "ctx": args.ctx, "scored": nll.count(),
@@ -102,30 +102,26 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             result["top1_agreement"] = json!(agreement);
             result["ppl_ratio"] = json!(ratio);
         }
-        println!("{}", serde_json::to_string_pretty(&result)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&result)?)?;
     } else {
-        println!(
+        writeln!(
+            out,
             "PPL = {:.4} +/- {:.4}  ({} positions in {} windows of {} tokens)",
             nll.perplexity(),
             nll.perplexity_error(),
             nll.count(),
             tokens.len() / args.ctx,
             args.ctx
-        );
+        )?;
         if let Some(p999) = p999 {
-            println!("KL divergence from the base: mean {:.3e} +/- {:.1e}, p99.9 {p999:.3e}", kl.mean(), kl.error());
-            println!("top-1 agreement {:.4} %, PPL ratio {ratio:.6}", 100.0 * agreement);
+            writeln!(
+                out,
+                "KL divergence from the base: mean {:.3e} +/- {:.1e}, p99.9 {p999:.3e}",
+                kl.mean(),
+                kl.error()
+            )?;
+            writeln!(out, "top-1 agreement {:.4} %, PPL ratio {ratio:.6}", 100.0 * agreement)?;
         }
     }
     Ok(Done::Ok)
-}
-
-fn read_base(path: &Path, rows: usize, vocab: usize) -> anyhow::Result<Array2<f32>> {
-    let file = std::fs::File::open(path).with_context(|| format!("{}", path.display()))?;
-    let base = Array2::<f32>::read_npy(std::io::BufReader::new(file)).with_context(|| format!("{}", path.display()))?;
-    if base.dim() != (rows, vocab) {
-        let (r, v) = base.dim();
-        bail!("{}: shape [{r}, {v}], expected [{rows}, {vocab}] for this text, context and model", path.display());
-    }
-    Ok(base)
 }

@@ -1,5 +1,7 @@
 //! llama.cpp's spellings: flags of several letters behind one dash, which clap does not know.
 
+use std::ffi::OsString;
+
 /// (llama.cpp's, ours)
 const SPELLINGS: &[(&str, &str)] = &[
     ("-ub", "--ubatch"),
@@ -18,19 +20,17 @@ const SPELLINGS: &[(&str, &str)] = &[
 ];
 
 /// The arguments with every spelling of llama.cpp replaced by ours, up to a bare `--`.
-pub fn normalise(args: impl Iterator<Item = String>) -> Vec<String> {
+pub fn normalise(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut literal = false;
     args.map(|arg| {
         literal |= arg == "--";
-        if literal {
-            return arg;
-        }
-        let (flag, value) = match arg.split_once('=') {
+        let Some(text) = arg.to_str().filter(|_| !literal) else { return arg };
+        let (flag, value) = match text.split_once('=') {
             Some((flag, value)) => (flag, Some(value)),
-            None => (arg.as_str(), None),
+            None => (text, None),
         };
         match SPELLINGS.iter().find(|(theirs, _)| *theirs == flag) {
-            Some((_, ours)) => value.map_or(ours.to_string(), |v| format!("{ours}={v}")),
+            Some((_, ours)) => value.map_or(ours.to_string(), |v| format!("{ours}={v}")).into(),
             None => arg,
         }
     })
@@ -39,11 +39,11 @@ pub fn normalise(args: impl Iterator<Item = String>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::normalise;
+    use super::{normalise, OsString};
 
     #[test]
     fn both_spellings_reach_the_same_flag() {
-        let args = ["q", "logits", "-ub", "64", "-b=2", "-ngl=3", "--", "-ub"].map(String::from);
+        let args = ["q", "logits", "-ub", "64", "-b=2", "-ngl=3", "--", "-ub"].map(OsString::from);
         assert_eq!(
             normalise(args.into_iter()),
             ["q", "logits", "--ubatch", "64", "-b=2", "--gpu-layers=3", "--", "-ub"]

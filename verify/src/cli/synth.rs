@@ -4,6 +4,7 @@ use crate::Done;
 use anyhow::bail;
 use qwen3next_kernels::DType;
 use qwen3next_model::synth::{synth, Synth};
+use std::io::Write;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -38,6 +39,6 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         bar.set_position(progress.done as u64);
     })?;
     bar.finish_and_clear();
-    println!("{}", args.out.display());
+    writeln!(std::io::stdout(), "{}", args.out.display())?;
     Ok(Done::Ok)
 }

@@ -103,7 +103,7 @@ impl Head {
             written.scaled_add(self.beta[t].abs() * k2.sqrt(), &self.v.row(t).mapv(f64::abs));
         }
         let unit = ((2 * keys + 16) * (tokens + 1)) as f64 * (f64::EPSILON / 2.0) * (keys as f64).sqrt().max(1.0);
-        let start = Array1::from_iter(self.state.rows().into_iter().map(|row| norm(&row)));
+        let start = Array1::from_iter(self.state.rows().into_iter().map(norm));
         (start + written) * growth * unit
     }
 
