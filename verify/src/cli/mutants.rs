@@ -106,11 +106,13 @@ pub fn all(
     let mut reports = Vec::new();
     for subject in subjects {
         bar.set_message(subject.id);
-        let of_it = match (first, subject.bug) {
-            (true, None) => Options { seed: options.seed, ..Options::quick() },
-            _ => options.clone(),
-        };
-        reports.push(watch(subject, &of_it, first)?);
+        // Most mutants are noticed on the quick grid; the others get the whole one.
+        let quick = Options { seed: options.seed, ..Options::quick() };
+        let report = watch(subject, if first { &quick } else { options }, first)?;
+        reports.push(match first && report.verdict() == "survived" {
+            true => watch(report.subject, options, first)?,
+            false => report,
+        });
         bar.inc(1);
     }
     bar.finish_and_clear();
