@@ -2,8 +2,8 @@
 
 use crate::error::Error;
 use crate::gguf::Gguf;
-use crate::load::Loaded;
 use crate::load_gguf;
+use crate::source::Loaded;
 use crate::weights::Store;
 use std::path::Path;
 

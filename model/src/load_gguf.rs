@@ -4,7 +4,7 @@ use crate::config::{AttentionConfig, Config, DeltaConfig, HeadMap, LayerKind, Ml
 use crate::error::Error;
 use crate::file::Options;
 use crate::gguf::{self, Gguf, Value};
-use crate::load::{deinterleave, some_names, validated, Found, Loaded, Metadata, Progress, Source, TensorInfo};
+use crate::source::{deinterleave, some_names, validated, Found, Loaded, Metadata, Progress, Source, TensorInfo};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Attention, Delta, Ffn, Layer, Mixer, Moe, Shared, Swiglu, Weights};
 use std::path::Path;

@@ -3,8 +3,8 @@
 use crate::config::{AttentionConfig, Config, DeltaConfig, HeadMap, LayerKind, Mlp, MoeConfig, MAX_LAYERS};
 use crate::error::{shown, Error};
 use crate::file::{read_text, Options};
-use crate::load::{deinterleave, some_names, validated, Found, Loaded, Metadata, Progress, Source, TensorInfo};
 use crate::safetensors::{supported, Folder};
+use crate::source::{deinterleave, some_names, validated, Found, Loaded, Metadata, Progress, Source, TensorInfo};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Attention, Delta, Ffn, Layer, Mixer, Moe, Shared, Swiglu, Tensor, Weights};
 use serde_json::{Map, Value};

@@ -7,7 +7,7 @@ use crate::config::DeltaConfig;
 use crate::config::HeadMap;
 use crate::error::Error;
 use crate::gguf::{Put, Writer};
-use crate::load::{interleaved_rows, Progress};
+use crate::source::{interleaved_rows, Progress};
 use half::{bf16, f16};
 use qwen3next_kernels::DType;
 use rand::{Rng, RngCore, SeedableRng};

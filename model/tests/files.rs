@@ -7,7 +7,7 @@ use qwen3next_kernels::DType;
 use qwen3next_model::config::{LayerKind, Mlp};
 use qwen3next_model::file::Options;
 use qwen3next_model::gguf::{Gguf, Put, Value, Writer};
-use qwen3next_model::load::load;
+use qwen3next_model::load;
 use qwen3next_model::weights::{Ffn, Mixer};
 
 /// The error of the small model after a change.

@@ -4,8 +4,8 @@ mod common;
 
 use common::{open, same};
 use qwen3next_model::config::Mlp;
-use qwen3next_model::load::Loaded;
 use qwen3next_model::weights::{Ffn, Mixer, Swiglu};
+use qwen3next_model::Loaded;
 use qwen3next_model::{Tensor, Tokenizer};
 use std::path::{Path, PathBuf};
 

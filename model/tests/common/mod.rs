@@ -3,8 +3,8 @@
 
 use qwen3next_kernels::DType;
 use qwen3next_model::gguf::{Put, Writer};
-use qwen3next_model::load::{load, Loaded};
 use qwen3next_model::{file::Options, Error, Tensor};
+use qwen3next_model::{load, Loaded};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 

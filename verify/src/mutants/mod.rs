@@ -22,6 +22,9 @@ fn copies() -> Vec<Copy> {
     Vec::from(include!(concat!(env!("OUT_DIR"), "/mutants.rs")))
 }
 
+/// Runs the checks that a subject is tried on. `Err` is a bad option, named.
+type Run = dyn Fn(&Options) -> Result<Vec<Row>, String>;
+
 /// Something to run the checks of its operator on: a mutant, or of the control group.
 pub struct Subject {
     /// Id of the mutant; `control_<operator>_<variant>` in the control group.
@@ -34,7 +37,7 @@ pub struct Subject {
     pub variant: &'static str,
     /// The checks, in the order they run.
     pub checks: Vec<&'static str>,
-    run: Box<dyn Fn(&Options) -> Result<Vec<Row>, String>>,
+    run: Box<Run>,
 }
 
 impl Subject {
