@@ -36,7 +36,8 @@ def main():
         a = np.tril(l.astype(np.float64), -1)
         full = a + (np.eye(n) if unit else np.diag(np.diag(l)))
         assert np.abs(full @ x - b).max() <= 1e-11 * max(1, np.abs(x).max())
-        out |= {f"{name}.l": l, f"{name}.b": b, f"{name}.x": x}
+        # scipy answers in column order, which safetensors would write as it lies.
+        out |= {f"{name}.l": l, f"{name}.b": b, f"{name}.x": np.ascontiguousarray(x)}
         index[name] = dict(n=n, m=m, unit=bool(unit), norm_inf_a=float(np.abs(a).sum(1).max()),
                            norm_inf_inverse=float(np.abs(np.linalg.inv(full)).sum(1).max()))
         print(name, {k: round(v, 2) for k, v in index[name].items() if k.startswith("norm")})

@@ -1,9 +1,9 @@
-//! Norms, rotary embedding, convolution and attention against Hugging Face's modules (golden/README.md).
+//! Norms, rotary embedding, convolution, attention and feed-forward against Hugging Face's modules (golden/README.md).
 //!
 //! The vectors were made in f32, so both sides have an error: ours, as the cases state it, and theirs, by the formula of
 //! their module. The bound is the sum.
 
-use qwen3next_kernels::{attention, causal_conv, norm, rope, Exec, Operator};
+use qwen3next_kernels::{attention, causal_conv, moe, norm, rope, DType, Exec, Operator, View, ViewMut, Weight};
 use qwen3next_verify::buffer::Layout;
 use qwen3next_verify::cases::attention::{KvType, Problem as Attention};
 use qwen3next_verify::cases::causal_conv::{Case as ConvCase, Problem as Conv, States};
@@ -204,5 +204,123 @@ fn attention_agrees() {
         on_variants::<attention::Op>(|exec| {
             compare(name, &problem.call(exec).unwrap().o, &want, &bound, d).unwrap();
         });
+    });
+}
+
+/// What both sides may be off by: f32 rounding of one feed-forward, element by element, from its float64 terms.
+struct Feed {
+    out: Vec<f64>,
+    bound: Vec<f64>,
+    /// The absolute terms of `out`, for what an error of the weights does.
+    terms: Vec<f64>,
+}
+
+/// Σ over `experts` of weight · Wdown (silu(Wgate x) · (Wup x)) in float64. A pre-activation of D products is off by
+/// γ(D) Σ|w x|; silu' is at most 1.1; the product and silu itself add a few roundings, the sum over F another γ(F).
+fn feed(x: &[f32], experts: &[(f32, &[f32], &[f32], &[f32])]) -> Feed {
+    let d = x.len();
+    let mut feed = Feed { out: vec![0.0; d], bound: vec![0.0; d], terms: vec![0.0; d] };
+    let dot = |w: &[f32]| -> (f64, f64) {
+        let terms = w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+        (terms.clone().sum(), terms.map(f64::abs).sum::<f64>() * gamma(d))
+    };
+    for &(weight, gate, up, down) in experts {
+        let f = gate.len() / d;
+        for j in 0..f {
+            let ((g, g_error), (u, u_error)) = (dot(&gate[j * d..][..d]), dot(&up[j * d..][..d]));
+            let silu = g / (1.0 + (-g).exp());
+            let h = silu * u;
+            let h_error = 1.1 * g_error * (u.abs() + u_error) + silu.abs() * u_error + gamma(8) * h.abs();
+            for i in 0..d {
+                let w = f64::from(weight) * f64::from(down[i * f + j]);
+                feed.out[i] += w * h;
+                feed.terms[i] += (w * h).abs();
+                feed.bound[i] += w.abs() * (h_error + gamma(f + experts.len() + 4) * h.abs());
+            }
+        }
+    }
+    feed
+}
+
+#[test]
+fn experts_and_router_give_what_hugging_face_gives() {
+    each("moe", |name, array, parameters| {
+        let (shape, logits) = array("router_logits");
+        let (tokens, experts) = (shape[0], shape[1]);
+        let top_k = parameters["top_k"].as_u64().unwrap() as usize;
+        let normalize = parameters["norm_topk_prob"].as_bool().unwrap();
+        let view = View::new(&logits, [tokens, experts]).unwrap();
+        let routing = moe::Routing::route(view, top_k, normalize, &Exec::default()).unwrap();
+        let ids: Vec<i32> = array("topk_ids").1.iter().map(|&id| id as i32).collect();
+        assert_eq!(routing.ids(), ids, "{name}");
+        let weights = array("topk_weights").1;
+        // Both softmaxes: an exponential, a sum of E, one or two quotients; the logits' own scale is in the exponent.
+        let spread = logits.iter().fold(0.0f64, |m, l| m.max(f64::from(l.abs())));
+        let relative = 2.0 * (gamma(experts + 8) + 2.0 * spread * U32);
+        let bound: Vec<f64> = weights.iter().map(|w| f64::from(*w) * relative).collect();
+        compare(name, routing.weights().unwrap(), &wide(&weights), &bound, top_k).unwrap();
+
+        let (x, out) = (array("x").1, array("expert_out").1);
+        let (gate_up, down) = (array("experts.gate_up_proj").1, array("experts.down_proj").1);
+        let d = x.len() / tokens;
+        let f = down.len() / experts / d;
+        let bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let (gate_up_bytes, down_bytes) = (bytes(&gate_up), bytes(&down));
+        let (gate, up) = Weight::split_gate_up(&gate_up_bytes, DType::F32, [experts, f, d]).unwrap();
+        let (mut y, mut h) = (vec![f32::NAN; tokens * d], Vec::new());
+        let args = moe::Args {
+            y: ViewMut::new(&mut y, [tokens, d]).unwrap(),
+            x: View::new(&x, [tokens, d]).unwrap(),
+            gate,
+            up,
+            down: Weight::new(&down_bytes, DType::F32, [experts, d, f]).unwrap(),
+            routing: &routing,
+            accumulate: false,
+            h: &mut h,
+        };
+        moe::run(args, &Default::default()).unwrap();
+        for t in 0..tokens {
+            let chosen: Vec<_> = (0..top_k)
+                .map(|c| {
+                    let (e, weight) = (ids[t * top_k + c] as usize, weights[t * top_k + c]);
+                    let merged = &gate_up[e * 2 * f * d..][..2 * f * d];
+                    (weight, &merged[..f * d], &merged[f * d..], &down[e * d * f..][..d * f])
+                })
+                .collect();
+            let judge = feed(&x[t * d..][..d], &chosen);
+            // Both sides' rounding, and weights that differ by `relative`.
+            let bound: Vec<f64> = judge.bound.iter().zip(&judge.terms).map(|(b, t)| 2.0 * b + relative * t).collect();
+            compare(name, &y[t * d..][..d], &wide(&out[t * d..][..d]), &bound, d).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_dense_feed_forward_gives_what_hugging_face_gives() {
+    each("mlp", |name, array, _| {
+        let ((shape, x), out) = (array("x"), array("out").1);
+        let (tokens, d) = (shape[0], shape[1]);
+        let [gate, up, down] = ["gate_proj", "up_proj", "down_proj"].map(|w| array(&format!("{w}.weight")).1);
+        let f = gate.len() / d;
+        let bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let [gate_bytes, up_bytes, down_bytes] = [&gate, &up, &down].map(|w| bytes(w));
+        let routing = moe::Routing::dense(tokens, None).unwrap();
+        let (mut y, mut h) = (vec![f32::NAN; tokens * d], Vec::new());
+        let args = moe::Args {
+            y: ViewMut::new(&mut y, [tokens, d]).unwrap(),
+            x: View::new(&x, [tokens, d]).unwrap(),
+            gate: Weight::new(&gate_bytes, DType::F32, [1, f, d]).unwrap(),
+            up: Weight::new(&up_bytes, DType::F32, [1, f, d]).unwrap(),
+            down: Weight::new(&down_bytes, DType::F32, [1, d, f]).unwrap(),
+            routing: &routing,
+            accumulate: false,
+            h: &mut h,
+        };
+        moe::run(args, &Default::default()).unwrap();
+        for t in 0..tokens {
+            let judge = feed(&x[t * d..][..d], &[(1.0, &gate, &up, &down)]);
+            let bound: Vec<f64> = judge.bound.iter().map(|b| 2.0 * b).collect();
+            compare(name, &y[t * d..][..d], &wide(&out[t * d..][..d]), &bound, d).unwrap();
+        }
     });
 }
