@@ -215,9 +215,12 @@ struct Feed {
     terms: Vec<f64>,
 }
 
+/// One chosen expert: its weight, and gate, up and down projections.
+type Expert<'a> = (f32, &'a [f32], &'a [f32], &'a [f32]);
+
 /// Σ over `experts` of weight · Wdown (silu(Wgate x) · (Wup x)) in float64. A pre-activation of D products is off by
 /// γ(D) Σ|w x|; silu' is at most 1.1; the product and silu itself add a few roundings, the sum over F another γ(F).
-fn feed(x: &[f32], experts: &[(f32, &[f32], &[f32], &[f32])]) -> Feed {
+fn feed(x: &[f32], experts: &[Expert]) -> Feed {
     let d = x.len();
     let mut feed = Feed { out: vec![0.0; d], bound: vec![0.0; d], terms: vec![0.0; d] };
     let dot = |w: &[f32]| -> (f64, f64) {
