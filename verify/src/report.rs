@@ -166,8 +166,14 @@ pub fn html(machine: &Machine, options: &Options, rows: &[Row], mutants: Option<
     ] {
         page += &format!("<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value));
     }
+    page += "</dl>\n";
+    // A run of mutants alone has their matrix and no rows.
+    if rows.is_empty() {
+        kills(&mut page, mutants.unwrap_or_default());
+        return page + "</body></html>\n";
+    }
     page += &format!(
-        "</dl>\n<p class=\"totals {verdict}\"><b>{passed}</b> checks passed, <b>{failed}</b> failed, <b>{skipped}</b> \
+        "<p class=\"totals {verdict}\"><b>{passed}</b> checks passed, <b>{failed}</b> failed, <b>{skipped}</b> \
          skipped; {} cases</p>\n",
         cases(rows)
     );

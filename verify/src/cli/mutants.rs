@@ -132,8 +132,9 @@ pub fn all(
 }
 
 impl Report {
-    /// A line of the HTML report's kill matrix; the control group has none.
+    /// A line of the HTML report's kill matrix; the control group and what was skipped have none.
     fn for_the_page(&self) -> Option<qwen3next_verify::report::Mutant> {
+        (!self.is_skipped()).then_some(())?;
         Some(qwen3next_verify::report::Mutant {
             id: self.subject.id.into(),
             name: self.subject.bug?.into(),
