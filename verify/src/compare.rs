@@ -1,6 +1,8 @@
 //! Metrics and bounds. A bound is an absolute error an element may have, derived from the rounding unit and the shape;
 //! the test is `!(error <= bound)`, so a NaN fails.
 
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// Unit roundoff of f32, 2⁻²⁴.
@@ -17,7 +19,7 @@ pub fn gamma(n: usize) -> f64 {
 }
 
 /// How far a result is from its reference.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
     /// Relative L2 error of the worst row.
     pub row_l2: f64,
@@ -44,6 +46,42 @@ impl Metrics {
             rows: self.rows + other.rows,
             tiny_rows: self.tiny_rows + other.tiny_rows,
         }
+    }
+}
+
+/// Counts of a positive quantity by its size: a quarter of a decade a bin, so the size of the whole is bounded.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// Values that were exactly 0.
+    pub zero: usize,
+    /// Bin i counts the values from 10^(i/4) up to 10^((i+1)/4).
+    pub bins: BTreeMap<i32, usize>,
+}
+
+impl Histogram {
+    /// Bins a decade.
+    pub const BINS: i32 = 4;
+
+    /// Counts a value; what lies outside 1e-40 .. 1e20 is counted at the ends.
+    pub fn add(&mut self, value: f64) {
+        if value == 0.0 {
+            self.zero += 1;
+            return;
+        }
+        let bin = (value.log10() * f64::from(Self::BINS)).floor();
+        let bin = if bin.is_nan() { f64::INFINITY } else { bin };
+        *self.bins.entry(bin.clamp(-160.0, 80.0) as i32).or_default() += 1;
+    }
+
+    /// Adds the counts of another one.
+    pub fn merge(&mut self, other: &Histogram) {
+        self.zero += other.zero;
+        other.bins.iter().for_each(|(bin, n)| *self.bins.entry(*bin).or_default() += n);
+    }
+
+    /// Values counted.
+    pub fn count(&self) -> usize {
+        self.zero + self.bins.values().sum::<usize>()
     }
 }
 
@@ -146,6 +184,16 @@ mod tests {
         assert!(compare("y", &[f32::INFINITY], &[f64::NEG_INFINITY], &[0.0], 1).is_err());
         assert!(compare("y", &[1.0], &[1.0], &[nan], 1).is_err());
         assert!(compare("y", &[1.0, 2.0], &[1.0], &[1.0], 1).is_err());
+    }
+
+    #[test]
+    fn a_histogram_counts_every_value_once() {
+        let (mut a, mut b) = (Histogram::default(), Histogram::default());
+        [0.0, 1.0, 1.5, 2.0, 1e-300, f64::NAN].into_iter().for_each(|x| a.add(x));
+        [0.0, 0.99].into_iter().for_each(|x| b.add(x));
+        a.merge(&b);
+        assert_eq!((a.zero, a.count()), (2, 8));
+        assert_eq!(a.bins, BTreeMap::from([(-160, 1), (-1, 1), (0, 2), (1, 1), (80, 1)]));
     }
 
     #[test]

@@ -78,7 +78,7 @@ fn main() -> ExitCode {
         }
         Err(e) => {
             eprintln!("error: {}", one_line(&e));
-            ExitCode::from(2)
+            ExitCode::from(if e.is::<cli::Wrong>() { 1 } else { 2 })
         }
     }
 }

@@ -3,15 +3,17 @@
 //! A [`Suite`] describes an operator's cases and checks; [`run`] tries them. A failure carries the command that repeats
 //! it. A check that applied to no case at all is reported as a failure: a test that can't fail is none.
 
-use crate::compare::{Failure, Metrics};
+use crate::compare::{Failure, Histogram, Metrics};
 use crate::current;
 use crate::guard::{self, Place};
+use crate::plugin::Plugin;
 use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 use qwen3next_kernels::operator::ScratchGuard;
 use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use rand::SeedableRng;
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
@@ -47,15 +49,19 @@ pub fn everywhere<O: Operator>(
         let pool = |n| ThreadPoolBuilder::new().num_threads(n).build().expect("a pool of a few threads");
         [1, 2, 3, 8, 16].map(pool).into()
     });
+    // The pool's threads make arrays too: where this one would.
+    let place = guard::place();
     for (i, pool) in pools.iter().enumerate() {
         pool.install(|| {
-            each(Exec::variant(*variant))?;
-            // Every number of parts on one of the pools; all of them together see all numbers.
-            (1..=16)
-                .chain([1 << 16])
-                .skip(i)
-                .step_by(pools.len())
-                .try_for_each(|n| each(Exec::variant(*variant).parts(n)))
+            guard::with(place, || {
+                each(Exec::variant(*variant))?;
+                // Every number of parts on one of the pools; all of them together see all numbers.
+                (1..=16)
+                    .chain([1 << 16])
+                    .skip(i)
+                    .step_by(pools.len())
+                    .try_for_each(|n| each(Exec::variant(*variant).parts(n)))
+            })
         })?;
     }
     Ok(())
@@ -97,11 +103,27 @@ pub struct Options {
     pub case: Option<String>,
     /// Steps that may be spent on making a failing random case smaller.
     pub shrink: u32,
+    /// Where the variant came from, for the reproducer. [`Entry::run_plugin`] sets it.
+    pub plugin: Option<Plugin>,
+    /// Called before every case with variant, instruction set and reproducer, so that someone knows if the kernel takes
+    /// the process down.
+    pub announce: Option<fn(&str, Isa, &str)>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, random: 24, stride: 1, variant: None, isa: None, check: None, case: None, shrink: 400 }
+        Options {
+            seed: 1,
+            random: 24,
+            stride: 1,
+            variant: None,
+            isa: None,
+            check: None,
+            case: None,
+            shrink: 400,
+            plugin: None,
+            announce: None,
+        }
     }
 }
 
@@ -127,12 +149,59 @@ pub struct Row {
     pub passed: usize,
     /// Worst metrics over the passed cases.
     pub metrics: Metrics,
+    /// Metrics of every passed case that was measured (a bitwise check measures nothing).
+    pub distribution: Distribution,
     /// What came of it.
     pub verdict: Verdict,
 }
 
+/// How the metrics of single cases are spread.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// Relative L2 error of the worst row of each case.
+    pub row_l2: Histogram,
+    /// Largest multiple of the bound in each case.
+    pub bound_multiple: Histogram,
+}
+
+impl Distribution {
+    /// Adds the counts of another one.
+    pub fn merge(&mut self, other: &Distribution) {
+        self.row_l2.merge(&other.row_l2);
+        self.bound_multiple.merge(&other.bound_multiple);
+    }
+}
+
+impl Row {
+    /// A row of a check that has not run yet: nothing passed, nothing failed.
+    pub fn new(op: &'static str, variant: &'static str, isa: Isa, check: &'static str) -> Row {
+        Row {
+            op,
+            variant,
+            isa,
+            check,
+            passed: 0,
+            metrics: Metrics::default(),
+            distribution: Distribution::default(),
+            verdict: Verdict::Passed,
+        }
+    }
+
+    /// Counts a case that passed.
+    pub(crate) fn pass(&mut self, metrics: Metrics) {
+        self.passed += 1;
+        self.metrics = self.metrics.worst(metrics);
+        if metrics.rows > metrics.tiny_rows {
+            self.distribution.row_l2.add(metrics.row_l2);
+        }
+        if metrics.rows > 0 || metrics.bound_multiple > 0.0 {
+            self.distribution.bound_multiple.add(metrics.bound_multiple);
+        }
+    }
+}
+
 /// The verdict of a [`Row`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Verdict {
     /// Every case passed.
     Passed,
@@ -153,23 +222,53 @@ pub struct Entry {
     /// Operator name.
     pub op: &'static str,
     run: fn(&Options) -> Result<Vec<Row>, String>,
+    checks: fn() -> Vec<&'static str>,
+    run_plugin: unsafe fn(&Options, &Plugin) -> Result<Vec<Row>, String>,
 }
 
 impl Entry {
     /// The entry of a suite.
     pub fn of<S: Suite>() -> Entry {
-        Entry { op: S::Op::NAME, run: run::<S> }
+        Entry {
+            op: S::Op::NAME,
+            run: run::<S>,
+            checks: || S::checks().into_iter().map(|c| c.name).collect(),
+            run_plugin: run_plugin::<S>,
+        }
+    }
+
+    /// Names of the checks.
+    pub fn checks(&self) -> Vec<&'static str> {
+        (self.checks)()
     }
 
     /// The entry of what is no operator and runs its checks itself.
     pub fn new(op: &'static str, run: fn(&Options) -> Result<Vec<Row>, String>) -> Entry {
-        Entry { op, run }
+        Entry { op, run, checks: Vec::new, run_plugin: |_, _| Err("takes no plug-in: it is no operator".into()) }
     }
 
     /// Runs the suite. `Err` is a bad option, named.
     pub fn run(&self, options: &Options) -> Result<Vec<Row>, String> {
         (self.run)(options)
     }
+
+    /// Runs the suite on a variant from a shared library, in this process. `Err`: a bad option or library, named.
+    ///
+    /// # Safety
+    /// As [`Plugin::load`]. A kernel that does not keep its contract may take the process down: `qwen3next verify` runs
+    /// this in a child process.
+    pub unsafe fn run_plugin(&self, options: &Options, plugin: &Plugin) -> Result<Vec<Row>, String> {
+        // SAFETY: the same promise.
+        unsafe { (self.run_plugin)(options, plugin) }
+    }
+}
+
+/// # Safety
+/// As [`Plugin::load`].
+unsafe fn run_plugin<S: Suite>(options: &Options, plugin: &Plugin) -> Result<Vec<Row>, String> {
+    // SAFETY: the same promise.
+    let variant = unsafe { plugin.load::<S::Op>() }?;
+    run_on::<S>(&Options { plugin: Some(plugin.clone()), ..options.clone() }, &[variant])
 }
 
 /// Runs every chosen check of `S` on every chosen variant. `Err` is a bad option, named.
@@ -177,7 +276,53 @@ pub fn run<S: Suite>(options: &Options) -> Result<Vec<Row>, String> {
     run_on::<S>(options, &S::Op::variants())
 }
 
-/// As [`run`], on these variants: built in or from outside.
+/// As [`run`], on these variants: built in or from outside. This is how another crate's tests judge a kernel of theirs:
+///
+/// ```
+/// use qwen3next_kernels::{ffi::q3n_solve_tri_args as Args, solve_tri, Isa, Variant};
+/// use qwen3next_verify::cases::solve_tri::SolveTri;
+/// use qwen3next_verify::suite::{assert_passed, run_on, Options};
+/// use std::ffi::c_void;
+///
+/// /// A batch entry is an item.
+/// unsafe extern "C" fn items(a: *const Args) -> i64 {
+///     (*a).batch
+/// }
+/// unsafe extern "C" fn no_scratch(_: *const Args) -> i64 {
+///     0
+/// }
+/// /// x_i = (b_i − Σ_{j<i} L_ij x_j) / L_ii, sums in f64.
+/// unsafe extern "C" fn solve(a: *const Args, begin: i64, end: i64, _: *mut c_void) -> i32 {
+///     let a = &*a;
+///     for e in begin..end {
+///         for i in 0..a.n {
+///             let l = a.l.offset((e * a.l_batch + i * a.l_row) as isize);
+///             for c in 0..a.m {
+///                 let x = |j: i64| a.x.offset((e * a.x_batch + j * a.x_row + c) as isize);
+///                 let mut sum = match a.b.is_null() {
+///                     true => f64::from(u8::from(c == i)),
+///                     false => f64::from(*a.b.offset((e * a.b_batch + i * a.b_row + c) as isize)),
+///                 };
+///                 for j in 0..i {
+///                     sum -= f64::from(*l.offset(j as isize)) * f64::from(*x(j));
+///                 }
+///                 if a.unit_diagonal == 0 {
+///                     sum /= f64::from(*l.offset(i as isize));
+///                 }
+///                 *x(i) = sum as f32;
+///             }
+///         }
+///     }
+///     0
+/// }
+///
+/// // SAFETY: `solve` reads and writes what csrc/solve_tri/solve_tri.h allows, for the items of its range alone.
+/// let mine = unsafe { Variant::<solve_tri::Op>::foreign("mine", Isa::SCALAR, items, no_scratch, solve) };
+/// let rows = run_on::<SolveTri>(&Options::quick(), &[mine]).unwrap();
+/// assert_passed(&rows);
+/// ```
+///
+/// [`Options`] with a failure's `check`, `case` and `seed` repeat it alone; the failure prints them.
 pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Result<Vec<Row>, String> {
     let op = S::Op::NAME;
     let checks = S::checks();
@@ -208,10 +353,10 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
             }
         }
         if !guard::AVAILABLE {
+            let mut row = Row::new(S::Op::NAME, variant.name(), variant.isa(), "guard_pages");
             let why = "this system is not asked for inaccessible pages: arrays lie on the heap".into();
-            let (op, variant, isa) = (S::Op::NAME, variant.name(), variant.isa());
-            let (passed, metrics, verdict) = (0, Metrics::default(), Verdict::Skipped(why));
-            rows.push(Row { op, variant, isa, check: "guard_pages", passed, metrics, verdict });
+            row.verdict = Verdict::Skipped(why);
+            rows.push(row);
         }
     }
     Ok(rows)
@@ -224,31 +369,23 @@ fn run_check<S: Suite>(
     grid: &[S::Case],
     stride: usize,
 ) -> Row {
-    let mut row = Row {
-        op: S::Op::NAME,
-        variant: variant.name(),
-        isa: variant.isa(),
-        check: check.name,
-        passed: 0,
-        metrics: Metrics::default(),
-        verdict: Verdict::Passed,
-    };
+    let mut row = Row::new(S::Op::NAME, variant.name(), variant.isa(), check.name);
     if !variant.isa().available() {
         row.verdict = Verdict::Skipped(format!("{} is not offered by this CPU or the ISA mask", variant.isa()));
         return row;
     }
-    let command = |case: &S::Case, seed: u64| {
-        let (op, variant, check) = (S::Op::NAME, variant.name(), check.name);
-        format!("qwen3next verify --op {op} --variant {variant} --check {check} --case {case} --seed {seed}")
-    };
     let failed = |case: &S::Case, seed: u64, failure: Failure| Verdict::Failed {
         failure: failure.0,
-        reproduce: command(case, seed),
+        reproduce: reproduce::<S>(options, variant, check.name, Some((case, seed))),
     };
     let (running, _scratch) = (current::enter(), ScratchGuard::install());
     // With the arrays' ends, then with their starts at inaccessible memory.
     let attempt = |case: &S::Case, seed: u64| -> Outcome {
-        running.is(&command(case, seed));
+        let command = reproduce::<S>(options, variant, check.name, Some((case, seed)));
+        running.is(&command);
+        if let Some(announce) = options.announce {
+            announce(variant.name(), variant.isa(), &command);
+        }
         let at_end = guard::with(Place::End, || (check.run)(variant, case, seed))?;
         let at_start = match guard::AVAILABLE {
             true => guard::with(Place::Start, || (check.run)(variant, case, seed))?,
@@ -263,10 +400,7 @@ fn run_check<S: Suite>(
             break;
         }
         match attempt(case, options.seed) {
-            Ok(Some(metrics)) => {
-                row.passed += 1;
-                row.metrics = row.metrics.worst(metrics);
-            }
+            Ok(Some(metrics)) => row.pass(metrics),
             Ok(None) => {}
             Err(failure) => {
                 row.verdict = failed(case, options.seed, failure);
@@ -288,19 +422,16 @@ fn run_check<S: Suite>(
             ..Config::default()
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
-        let seen = RefCell::new((0, row.metrics));
+        let shared = RefCell::new(row);
         let result = runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match attempt(&case, seed) {
             Ok(Some(metrics)) => {
-                let mut seen = seen.borrow_mut();
-                *seen = (seen.0 + 1, seen.1.worst(metrics));
+                shared.borrow_mut().pass(metrics);
                 Ok(())
             }
             Ok(None) => Ok(()),
             Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
         });
-        let (passed, metrics) = seen.into_inner();
-        row.passed += passed;
-        row.metrics = metrics;
+        row = shared.into_inner();
         match result {
             Ok(()) => {}
             Err(TestError::Fail(reason, (case, seed))) => {
@@ -316,17 +447,40 @@ fn run_check<S: Suite>(
     if row.passed == 0 && options.case.is_none() {
         row.verdict = Verdict::Failed {
             failure: "the check applied to no case".into(),
-            reproduce: format!("qwen3next verify --op {} --check {}", S::Op::NAME, check.name),
+            reproduce: reproduce::<S>(options, variant, check.name, None),
         };
     }
     row
 }
 
+/// What repeats a case (or a whole check): a command, or for a variant that the command cannot reach, the options.
+fn reproduce<S: Suite>(
+    options: &Options,
+    variant: &Variant<S::Op>,
+    check: &str,
+    case: Option<(&S::Case, u64)>,
+) -> String {
+    let which = match &options.plugin {
+        Some(plugin) => format!("--plugin {plugin}"),
+        None if Variant::<S::Op>::by_name(variant.name()).is_some() => format!("--variant {}", variant.name()),
+        None => {
+            let case = case.map_or(String::new(), |(c, seed)| format!("case: Some(\"{c}\".into()), seed: {seed}, "));
+            return format!("Options {{ check: Some(\"{check}\".into()), {case}..Options::default() }}");
+        }
+    };
+    let case = case.map_or(String::new(), |(case, seed)| format!(" --case {case} --seed {seed}"));
+    format!("qwen3next verify --op {} {which} --check {check}{case}", S::Op::NAME)
+}
+
 /// For tests: runs the whole suite, prints skipped variants, panics with every failure.
 pub fn assert_passes<S: Suite>(options: &Options) {
-    let rows = run::<S>(options).expect("options name existing things");
+    assert_passed(&run::<S>(options).expect("options name existing things"));
+}
+
+/// For tests: prints skipped checks, panics with every failure, or if there is nothing that passed.
+pub fn assert_passed(rows: &[Row]) {
     let mut failures = Vec::new();
-    for row in &rows {
+    for row in rows {
         match &row.verdict {
             Verdict::Passed => {}
             Verdict::Skipped(why) => println!("SKIPPED {} {} {}: {why}", row.op, row.variant, row.check),
@@ -335,7 +489,7 @@ pub fn assert_passes<S: Suite>(options: &Options) {
             }
         }
     }
-    assert!(rows.iter().any(|r| matches!(r.verdict, Verdict::Passed)), "{}: nothing ran", S::Op::NAME);
+    assert!(rows.iter().any(|r| matches!(r.verdict, Verdict::Passed)), "nothing ran");
     assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures.join("\n"));
 }
 

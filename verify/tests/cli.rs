@@ -83,6 +83,8 @@ fn bad_input_is_status_2_and_one_line() {
         "generate --ctx 3",
         "verify --op norm --json no/such/folder/x.json",
         "bench op gated_delta --tokens 0",
+        "drift --tokens 64 --plot no/such/folder/x.svg",
+        "drift --tokens 0",
     ] {
         let output = run(&folder, line);
         expect_refused(&output, line);

@@ -81,25 +81,14 @@ pub fn run_with(options: &Options, change: &Change) -> Result<Vec<Row>, String> 
         }
         for (name, check) in CHECKS.iter().filter(|(name, _)| options.check.as_deref().is_none_or(|c| c == *name)) {
             let subject = Subject { folder: folder().join(model), change };
-            let mut row = Row {
-                op: NAME,
-                variant: model,
-                isa: Isa::SCALAR,
-                check: name,
-                passed: 0,
-                metrics: Metrics::default(),
-                verdict: Verdict::Passed,
-            };
+            let mut row = Row::new(NAME, model, Isa::SCALAR, name);
             if !subject.folder.is_dir() {
                 row.verdict = Verdict::Skipped(format!("no golden model at {}", subject.folder.display()));
                 rows.push(row);
                 continue;
             }
             match check(&subject) {
-                Ok(metrics) => {
-                    row.passed = 1;
-                    row.metrics = metrics.unwrap_or_default();
-                }
+                Ok(metrics) => row.pass(metrics.unwrap_or_default()),
                 Err(failure) => {
                     let reproduce = format!("qwen3next verify --op {NAME} --variant {model} --check {name}");
                     row.verdict = Verdict::Failed { failure: failure.0, reproduce };

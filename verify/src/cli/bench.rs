@@ -4,8 +4,9 @@ use crate::Done;
 use anyhow::{bail, Context};
 use plotters::prelude::*;
 use qwen3next_kernels::gated_delta::Op;
-use qwen3next_kernels::{Exec, Operator, Variant};
+use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use qwen3next_verify::cases::gated_delta::Timed;
+use qwen3next_verify::plugin::Plugin;
 use qwen3next_verify::timing::{interleaved, Time};
 use serde_json::json;
 use std::io::Write;
@@ -31,6 +32,9 @@ struct OpArgs {
     /// Only these variants, separated by commas; the first one is the base of the ratios.
     #[arg(long, value_delimiter = ',')]
     variant: Vec<String>,
+    /// Also time this kernel from a shared library, as in `verify --plugin`. Repeatable.
+    #[arg(long, value_name = "LIBRARY:SYMBOL")]
+    plugin: Vec<Plugin>,
     /// Tokens of a call, separated by commas.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 64, 256, 512])]
     tokens: Vec<usize>,
@@ -55,6 +59,9 @@ struct OpArgs {
     /// Format of the table.
     #[arg(short, long, default_value = "md", value_parser = ["md", "json", "csv"])]
     output: String,
+    /// Run in this process and report into this file.
+    #[arg(long, value_name = "FILE", hide = true)]
+    child: Option<PathBuf>,
 }
 
 /// One line of the table.
@@ -88,7 +95,16 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     if let Some(t) = args.tokens.iter().find(|t| !(1..=1 << 16).contains(*t)) {
         bail!("--tokens {t}: expected 1 to 65536");
     }
-    let variants = chosen(&args.variant)?;
+    let mut variants = chosen(&args.variant)?;
+    if !args.plugin.is_empty() {
+        for plugin in &args.plugin {
+            plugin.kind().map_err(anyhow::Error::msg)?;
+        }
+        // A kernel that crashes takes only a child down.
+        let Some(file) = &args.child else { return super::plugin::again() };
+        super::plugin::become_child(file)?;
+        variants.extend(load(&args.plugin)?);
+    }
     let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
     let lines = measure(&variants, &args.tokens, [hk, hv, args.dim], args.threads, args.repetitions)?;
     let out = &mut std::io::stdout().lock();
@@ -153,6 +169,20 @@ fn chosen(names: &[String]) -> anyhow::Result<Vec<Variant<Op>>> {
         .collect()
 }
 
+/// The variants of these libraries, each with a name of its own.
+fn load(plugins: &[Plugin]) -> anyhow::Result<Vec<Variant<Op>>> {
+    let mut variants: Vec<Variant<Op>> = Vec::new();
+    for plugin in plugins {
+        // SAFETY: whoever names a library on the command line wants it run; what it is, is theirs to know.
+        let variant = unsafe { plugin.load::<Op>() }.map_err(anyhow::Error::msg)?;
+        if variants.iter().any(|v| v.name() == variant.name()) {
+            bail!("--plugin {plugin}: a second variant named {}", variant.name());
+        }
+        variants.push(variant);
+    }
+    Ok(variants)
+}
+
 /// Verifies and times the variants; `shape` is HK, HV, d.
 pub fn measure(
     variants: &[Variant<Op>],
@@ -169,11 +199,15 @@ pub fn measure(
         let mut timed = Timed::new(t, shape[0], shape[1], shape[2]);
         let (flops, bytes) = (timed.flops(), timed.bytes());
         let mut errors = Vec::new();
+        let again =
+            format!("qwen3next bench op gated_delta --tokens {t} --heads {}/{} --dim {}", shape[0], shape[1], shape[2]);
         for v in variants {
+            super::plugin::announce(v.name(), v.isa(), &format!("while it was verified for {again}"));
             let metrics =
-                timed.verify(v).map_err(|e| anyhow::anyhow!("{} is wrong, so it is not timed: {e}", v.name()))?;
+                timed.verify(v).map_err(|e| super::Wrong(format!("{} is wrong, so it is not timed: {e}", v.name())))?;
             errors.push(metrics.row_l2);
         }
+        super::plugin::announce("a variant", Isa::SCALAR, &format!("while all were timed for {again}"));
         let execs: Vec<Exec<Op>> = variants.iter().map(|v| Exec::variant(*v).parts(threads)).collect();
         let times = pool
             .install(|| interleaved(variants.len(), samples, Duration::from_millis(4), |i| timed.run(&execs[i])))

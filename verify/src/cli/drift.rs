@@ -6,7 +6,7 @@ use plotters::prelude::*;
 use qwen3next_kernels::Variant;
 use qwen3next_verify::drift::{self, Curve, Point, Runner, Store, HEADS, QUICK, STEP};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -43,6 +43,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
                 .with_context(|| format!("--variant {name}: no such variant of gated_delta on this CPU"))
         })
         .collect::<anyhow::Result<_>>()?;
+    let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
     let all = |state| variants.iter().map(move |&variant| Runner { variant, state, step: STEP, tokens: args.tokens });
     let every_token = variants.first().map(|&variant| Runner {
         variant,
@@ -53,8 +54,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let runners: Vec<Runner> = all(Store::F32).chain(all(Store::Bf16)).chain(every_token).collect();
     let curves = drift::run(args.tokens, args.dim, args.seed, &runners).map_err(|e| anyhow::anyhow!("{e}"))?;
     table(&runners, &curves, &mut std::io::stdout().lock())?;
-    if let Some(path) = &args.plot {
-        plot(&runners, &curves, args.dim, path).with_context(|| format!("{}", path.display()))?;
+    if let Some(file) = plot_to {
+        plot(&runners, &curves, args.dim, file)?;
     }
     Ok(Done::Ok)
 }
@@ -83,7 +84,7 @@ fn table(runners: &[Runner], curves: &[Curve], out: &mut impl Write) -> anyhow::
 }
 
 /// Four panels: state and outputs, a column a head; both axes logarithmic.
-fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow::Result<()> {
+fn plot(runners: &[Runner], curves: &[Curve], dim: usize, file: super::Output) -> anyhow::Result<()> {
     type Of = fn(&Point) -> f64;
     let kinds: [(&str, Of); 2] = [("state", |p| p.state), ("last 64 outputs", |p| p.output)];
     let points = || curves.iter().flat_map(|c| &c.points);
@@ -139,5 +140,5 @@ fn plot(runners: &[Runner], curves: &[Curve], dim: usize, path: &Path) -> anyhow
         }
         root.present()?;
     }
-    super::write_whole(path, svg.as_bytes())
+    file.finish(svg.as_bytes())
 }

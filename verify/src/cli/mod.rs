@@ -9,6 +9,7 @@ pub mod model;
 pub mod mutants;
 pub mod npy;
 pub mod perplexity;
+pub mod plugin;
 pub mod spelling;
 pub mod synth;
 pub mod tour;
@@ -56,3 +57,15 @@ pub fn read_text(path: &Path) -> anyhow::Result<String> {
     anyhow::ensure!(bytes.len() as u64 <= MOST, "{}: has more than {MOST} bytes", path.display());
     String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("{}: is not UTF-8 text", path.display()))
 }
+
+/// An error that is a wrong kernel rather than bad input: exit status 1.
+#[derive(Debug)]
+pub struct Wrong(pub String);
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Wrong {}

@@ -9,7 +9,6 @@ use qwen3next_verify::suite::{Options, Row, Verdict};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// What the process of a mutant tells about a check.
@@ -94,7 +93,12 @@ pub fn tell(id: &str, options: &Options) -> anyhow::Result<Done> {
 }
 
 /// Runs every mutant and the control group, prints who noticed what, and fails where nobody did.
-pub fn all(options: &Options, first: bool, json: Option<&Path>) -> anyhow::Result<Done> {
+pub fn all(
+    options: &Options,
+    first: bool,
+    json: Option<super::Output>,
+    html: Option<super::Output>,
+) -> anyhow::Result<Done> {
     let begin = std::time::Instant::now();
     let subjects = subjects();
     let bar = super::progress(subjects.len() as u64, "{prefix} {wide_bar} {pos}/{len} {msg}");
@@ -114,13 +118,27 @@ pub fn all(options: &Options, first: bool, json: Option<&Path>) -> anyhow::Resul
     let out = &mut std::io::stdout().lock();
     print(&reports, out)?;
     writeln!(out, "{:.0} s", begin.elapsed().as_secs_f64())?;
-    if let Some(path) = json {
-        write_json(path, options, &reports)?;
+    if let Some(file) = json {
+        write_json(file, options, &reports)?;
+    }
+    if let Some(file) = html {
+        let mutants: Vec<_> = reports.iter().filter_map(Report::for_the_page).collect();
+        let machine = qwen3next_verify::report::Machine::here();
+        file.finish(qwen3next_verify::report::html(&machine, options, &[], Some(&mutants)).as_bytes())?;
     }
     Ok(if reports.iter().all(Report::as_it_should_be) { Done::Ok } else { Done::Failed })
 }
 
 impl Report {
+    /// A line of the HTML report's kill matrix; the control group has none.
+    fn for_the_page(&self) -> Option<qwen3next_verify::report::Mutant> {
+        Some(qwen3next_verify::report::Mutant {
+            id: self.subject.id.into(),
+            name: self.subject.bug?.into(),
+            killed_by: self.kills.first().map(|kill| format!("{} {}", self.subject.op, kill.check)),
+        })
+    }
+
     /// A mutant was noticed; one of the control group was not, and something ran.
     fn as_it_should_be(&self) -> bool {
         match self.subject.bug {
@@ -239,7 +257,7 @@ fn names(kills: &[Kill]) -> Vec<&str> {
     names
 }
 
-fn write_json(path: &Path, options: &Options, reports: &[Report]) -> anyhow::Result<()> {
+fn write_json(file: super::Output, options: &Options, reports: &[Report]) -> anyhow::Result<()> {
     let report = |id: &str| reports.iter().find(|r| r.subject.id == id);
     let kills = |kills: &[Kill]| -> Vec<_> {
         let of = |k: &Kill| json!({ "check": k.check, "failure": k.failure, "reproduce": k.reproduce });
@@ -273,5 +291,5 @@ fn write_json(path: &Path, options: &Options, reports: &[Report]) -> anyhow::Res
     let document = json!({
         "version": env!("CARGO_PKG_VERSION"), "seed": options.seed, "mutants": mutants, "control": control,
     });
-    super::write_whole(path, serde_json::to_string_pretty(&document)?.as_bytes())
+    file.finish(serde_json::to_string_pretty(&document)?.as_bytes())
 }

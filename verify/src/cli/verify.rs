@@ -4,11 +4,12 @@ use crate::cli::mutants;
 use crate::Done;
 use anyhow::{bail, Context};
 use qwen3next_kernels::Isa;
-use qwen3next_verify::cases;
+use qwen3next_verify::plugin::Plugin;
 use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
-use serde_json::json;
+use qwen3next_verify::{cases, report};
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -54,9 +55,22 @@ pub struct Args {
     /// With --lines: every how many-th case of the grid.
     #[arg(long, requires = "lines", hide = true)]
     stride: Option<usize>,
+    /// Judge this kernel from a shared library instead of the built-in variants: a q3n_<op>_variant, or a function of
+    /// the type of its run. Repeatable; needs --op.
+    #[arg(long, value_name = "LIBRARY:SYMBOL")]
+    plugin: Vec<Plugin>,
+    /// Seconds after which a call of a --plugin that does not return fails.
+    #[arg(long, default_value_t = 120, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
     /// Also write the results to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Also write a page with tables and plots to this file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Run one check of one --plugin in this process and report into this file.
+    #[arg(long, value_name = "FILE", hide = true)]
+    child: Option<PathBuf>,
 }
 
 pub fn run(args: Args) -> anyhow::Result<Done> {
@@ -70,6 +84,9 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     {
         bail!("--variant, --check and --case belong to one operator: give --op");
     }
+    if args.op.is_none() && !args.plugin.is_empty() {
+        bail!("--plugin belongs to one operator: give --op");
+    }
     let isa = match &args.isa {
         None => None,
         Some(name) => Some(Isa::from_name(name).with_context(|| {
@@ -80,18 +97,29 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     options.stride = args.stride.unwrap_or(options.stride);
     options = Options { seed: args.seed, variant: args.variant, isa, check: args.check, case: args.case, ..options };
 
-    if args.mutants {
-        return mutants::all(&options, args.first, args.json.as_deref());
+    if let (Some(file), [plugin], [entry]) = (&args.child, args.plugin.as_slice(), entries.as_slice()) {
+        super::plugin::become_child(file)?;
+        super::plugin::verify_here(entry, &options, plugin);
+        return Ok(Done::Ok);
     }
     let json = args.json.as_deref().map(super::Output::create).transpose()?;
-    let rows = match &args.mutant {
-        Some(id) if args.lines => return mutants::tell(id, &options),
-        Some(id) => mutants::one(id, &options)?,
-        None => verify(&entries, &options)?,
+    let html = args.html.as_deref().map(super::Output::create).transpose()?;
+    if args.mutants {
+        return mutants::all(&options, args.first, json, html);
+    }
+    let rows = match (&args.mutant, args.plugin.as_slice()) {
+        (Some(id), _) if args.lines => return mutants::tell(id, &options),
+        (Some(id), _) => mutants::one(id, &options)?,
+        (None, []) => verify(&entries, &options)?,
+        (None, plugins) => super::plugin::verify(&entries[0], &options, plugins, Duration::from_secs(args.timeout))?,
     };
     print(&rows, &mut std::io::stdout().lock())?;
+    let machine = report::Machine::here();
     if let Some(file) = json {
-        write_json(file, &options, &rows)?;
+        file.finish(serde_json::to_string_pretty(&report::json(&machine, &options, &rows))?.as_bytes())?;
+    }
+    if let Some(file) = html {
+        file.finish(report::html(&machine, &options, &rows, None).as_bytes())?;
     }
     if rows.is_empty() {
         bail!("nothing to run: no variant has the instruction set {}", args.isa.unwrap_or_default());
@@ -170,25 +198,4 @@ pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
         count(|v| matches!(v, Verdict::Skipped(_)))
     )?;
     Ok(())
-}
-
-fn write_json(file: super::Output, options: &Options, rows: &[Row]) -> anyhow::Result<()> {
-    let rows: Vec<_> = rows
-        .iter()
-        .map(|r| {
-            let (verdict, text, reproduce) = match &r.verdict {
-                Verdict::Passed => ("passed", None, None),
-                Verdict::Skipped(why) => ("skipped", Some(why), None),
-                Verdict::Failed { failure, reproduce } => ("failed", Some(failure), Some(reproduce)),
-            };
-            json!({
-                "op": r.op, "variant": r.variant, "isa": r.isa.name(), "check": r.check, "cases": r.passed,
-                "row_l2": r.metrics.row_l2, "max_over_rms": r.metrics.max_over_rms,
-                "bound_multiple": r.metrics.bound_multiple, "nmse": r.metrics.nmse, "tiny_rows": r.metrics.tiny_rows,
-                "verdict": verdict, "text": text, "reproduce": reproduce,
-            })
-        })
-        .collect();
-    let document = json!({ "version": env!("CARGO_PKG_VERSION"), "seed": options.seed, "results": rows });
-    file.finish(serde_json::to_string_pretty(&document)?.as_bytes())
 }
