@@ -49,15 +49,19 @@ pub fn everywhere<O: Operator>(
         let pool = |n| ThreadPoolBuilder::new().num_threads(n).build().expect("a pool of a few threads");
         [1, 2, 3, 8, 16].map(pool).into()
     });
+    // The pool's threads make arrays too: where this one would.
+    let place = guard::place();
     for (i, pool) in pools.iter().enumerate() {
         pool.install(|| {
-            each(Exec::variant(*variant))?;
-            // Every number of parts on one of the pools; all of them together see all numbers.
-            (1..=16)
-                .chain([1 << 16])
-                .skip(i)
-                .step_by(pools.len())
-                .try_for_each(|n| each(Exec::variant(*variant).parts(n)))
+            guard::with(place, || {
+                each(Exec::variant(*variant))?;
+                // Every number of parts on one of the pools; all of them together see all numbers.
+                (1..=16)
+                    .chain([1 << 16])
+                    .skip(i)
+                    .step_by(pools.len())
+                    .try_for_each(|n| each(Exec::variant(*variant).parts(n)))
+            })
         })?;
     }
     Ok(())
