@@ -98,10 +98,14 @@ class Runner:
 
     def json(self, command, stdin=None):
         stdout, seconds, memory = self(command, stdin)
-        start = re.search(r"^\[", stdout, re.M)
-        if not start:
-            raise Missing("no JSON in its output")
-        return json.JSONDecoder().raw_decode(stdout[start.start():])[0], seconds, memory
+        # Some print lines of their own in between.
+        stdout = "\n".join(line for line in stdout.splitlines() if re.match(r'\s*["\[\]{}\d-]', line))
+        for start in re.finditer(r"^\[", stdout, re.M):
+            try:
+                return json.JSONDecoder().raw_decode(stdout[start.start():])[0], seconds, memory
+            except ValueError:
+                continue
+        raise Missing(f"no JSON in its output: {last_line(stdout)}")
 
 
 class Ours:
@@ -142,7 +146,7 @@ class Ours:
 class Tree:
     """A peer built by the caller: llama-bench, and libggml beside it or further down."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, version):
         self.name = name
         folder = Path(folder).resolve()
         benches = [p for p in sorted(folder.rglob("llama-bench")) if p.is_file() and os.access(p, os.X_OK)]
@@ -150,7 +154,7 @@ class Tree:
         if not benches:
             raise Missing(f"no llama-bench below {folder.name}")
         self.binary, self.libs = benches[0], libs[0].parent if libs else None
-        self.version = "built by the caller"
+        self.version = version
         usage = subprocess.run([self.binary, "--help"], capture_output=True, text=True)
         usage = usage.stdout + usage.stderr
         unmapped = ["-lm", "none"] if "--load-mode" in usage else ["-mmp", "0"]
@@ -159,8 +163,7 @@ class Tree:
     def bench(self, run, model, tests, flags, repetitions, threads):
         command = [self.binary, "-m", model, *tests, *flags, "-t", threads, "-r", repetitions, "-o", "json"]
         rows, _, memory = run.json(command)
-        commit = rows[0].get("build_commit", "unknown")
-        self.version = "native build" + (f" {commit}" if commit != "unknown" else "")
+        self.version = self.version or f"native build, commit {rows[0].get('build_commit', 'unknown')}"
         return rows, memory
 
     def operators(self, run, cases, threads, repetitions):
@@ -354,8 +357,9 @@ def markdown(report):
                f"medians over {report['turns']} turns.")
     out.append("")
     out += [f"- {name}: {version}" for name, version in report["versions"].items()]
-    out += ["", f"| {report['slice']}, t/s | {OURS} | {IK} | {LLAMA} | against {IK} | against {LLAMA} |",
-            "| --- | --- | --- | --- | --- | --- |"]
+    if report["model"]:
+        out += ["", f"| {report['slice']}, t/s | {OURS} | {IK} | {LLAMA} | against {IK} | against {LLAMA} |",
+                "| --- | --- | --- | --- | --- | --- |"]
     for name, cells in report["model"].items():
         speed = {engine: best(cell) for engine, cell in cells.items()}
         show = lambda e: f"{speed[e][1]:.1f}" + (f" ({speed[e][0]})" if speed[e][0] else "") if e in speed else "–"
@@ -369,8 +373,9 @@ def markdown(report):
         load = report["load"]
         out += ["", f"Load and one token: {load['load_and_one_token_s']:.2f} s; a plain read of the file: "
                     f"{load['plain_read_s']:.2f} s."]
-    out += ["", f"| operator, µs | {OURS} | {IK} | {LLAMA} | against {IK} | against {LLAMA} |",
-            "| --- | --- | --- | --- | --- | --- |"]
+    if report["operators"]:
+        out += ["", f"| operator, µs | {OURS} | {IK} | {LLAMA} | against {IK} | against {LLAMA} |",
+                "| --- | --- | --- | --- | --- | --- |"]
     for case in report["operators"]:
         t = case["median_s"]
         label = f"{case['op']} {case['shape']} {case['dtype']}, {case['tokens']}"
@@ -405,6 +410,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--llama", metavar="BUILD", help="a build of llama.cpp; by default llama-cpp-python is installed")
     ap.add_argument("--ik", metavar="BUILD", help="a build of ik_llama.cpp; by default ik-llama-cpp-python is installed")
+    ap.add_argument("--llama-version", metavar="TEXT", help="what --llama is, for the table")
+    ap.add_argument("--ik-version", metavar="TEXT", help="what --ik is, for the table")
     ap.add_argument("--qwen3next", metavar="BINARY", help="our command; by default cargo builds it")
     ap.add_argument("--model", metavar="GGUF", help="a qwen3next model; by default a slice with random weights is made")
     ap.add_argument("--layers", type=int, default=4, help="layers of the slice [default: 4]; 4 take 4.2 GB")
@@ -430,10 +437,10 @@ def main():
             raise SystemExit(f"run.py: {binary}: no such command")
         engines = [Ours(binary)]
         python = work / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-        for name, tree in ((IK, args.ik), (LLAMA, args.llama)):
+        for name, tree, version in ((IK, args.ik, args.ik_version), (LLAMA, args.llama, args.llama_version)):
             try:
                 if tree:
-                    engines.append(Tree(name, tree))
+                    engines.append(Tree(name, tree, version))
                     continue
                 if not python.exists():
                     subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
@@ -481,7 +488,7 @@ def main():
                 report["divergence"] = Runner(False).json(command)[0]
             except (Missing, OSError, subprocess.CalledProcessError) as error:
                 notes.append(f"divergence: {error}")
-        report["versions"] = {e.name: e.version for e in engines}
+        report["versions"] = {e.name: e.version or "native build" for e in engines}
         report["bars"] = judge(report)
     print(json.dumps(report, indent=1, ensure_ascii=False) if args.output == "json" else markdown(report))
 
