@@ -426,6 +426,12 @@ def main():
     args = ap.parse_args()
     if args.quick:
         args.turns = 1
+    if args.realtime:
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        except (AttributeError, OSError) as error:
+            raise SystemExit(f"run.py: --realtime: {error}")
     part = lambda name: args.only in (None, name)
 
     notes = []
@@ -450,6 +456,10 @@ def main():
                 say(notes[-1])
 
         run = Runner(args.realtime)
+        busy = hasattr(os, "getloadavg") and os.getloadavg()[0] / os.cpu_count()
+        if busy > 0.25 and not args.realtime:
+            notes.append(f"The machine was busy when this began (load {busy:.1f} a core): engines that spin at barriers lose most "
+                         "by that, so the ratios flatter those that do not. Run it alone, or with --realtime.")
         report = {"machine": machine(), "threads": args.threads, "turns": args.turns, "slice": "", "model": {},
                   "memory": {}, "operators": [], "divergence": [], "notes": notes}
         if part("model"):
