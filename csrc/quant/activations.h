@@ -6,6 +6,7 @@
 
 #include "../base/dtype.h"
 #include "../base/operator.h"
+#include "q8_activations.h"
 
 typedef struct q3n_activations_args {
   uint64_t struct_bytes; /* sizeof(q3n_activations_args) */

@@ -9,6 +9,8 @@
 #include "../base/dtype.h"
 #include "../base/operator.h"
 
+enum { Q3N_GROUP_ROWS = 16 };
+
 typedef struct q3n_repack_args {
   uint64_t struct_bytes; /* sizeof(q3n_repack_args) */
   void *y;               /* [rows][N] of dtype | Q3N_R16, packed; must not overlap x */

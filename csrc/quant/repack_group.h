@@ -8,7 +8,7 @@
 #include "repack.h"
 
 /* Rows of a group; bytes of the largest block. */
-enum { Q3N_GROUP = 16, Q3N_BLOCK_BYTES_MAX = 320 };
+enum { Q3N_GROUP = Q3N_GROUP_ROWS, Q3N_BLOCK_BYTES_MAX = 320 };
 
 /* Bytes of a block before its first unit of four, and past the last. */
 static inline int64_t q3n_group_head(q3n_dtype dtype) {
