@@ -10,6 +10,26 @@ const ROOMS: &[&str] =
 const FLAGS: &[(&str, &str, &[&str])] = &[
     ("x86_64", "_avx2", &["-mavx2", "-mfma", "-mf16c"]),
     ("x86_64", "_avx512", &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]),
+    (
+        "x86_64",
+        "_avx512vnni",
+        &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    ),
+    (
+        "x86_64",
+        "_avx512bf16",
+        &[
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512dq",
+            "-mavx512vl",
+            "-mavx512vnni",
+            "-mavx512bf16",
+        ],
+    ),
     ("aarch64", "_neon", &[]),
 ];
 
