@@ -26,14 +26,14 @@ pub struct Args {
     pub fused_delta: Option<u32>,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1048576".into()),
     }
 }
 
-fn threads(text: &str) -> Result<usize, String> {
+pub fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1024).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1024".into()),
@@ -70,21 +70,26 @@ impl Args {
 
     /// How forward passes run.
     pub fn forward(&self) -> anyhow::Result<Options> {
-        let (source, number) = match self.fused_delta {
-            Some(number) => ("--fused-delta", Some(number.to_string())),
-            None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
-                .into_iter()
-                .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
-                .unwrap_or(("", None)),
-        };
-        let fused_delta = match number {
-            None => FusedDelta::default(),
-            Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
-                Some(mode) => mode,
-                None => bail!("{source} {text}: expected 0, 1 or 2"),
-            },
-        };
+        let fused_delta = fused_delta(self.fused_delta)?;
         Ok(Options { ubatch: self.ubatch, fused_delta })
+    }
+}
+
+/// The delta rule's mode: what was asked for, or what the environment says, or the fastest.
+pub fn fused_delta(asked: Option<u32>) -> anyhow::Result<FusedDelta> {
+    let (source, number) = match asked {
+        Some(number) => ("--fused-delta", Some(number.to_string())),
+        None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
+            .into_iter()
+            .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
+            .unwrap_or(("", None)),
+    };
+    match number {
+        None => Ok(FusedDelta::default()),
+        Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
+            Some(mode) => Ok(mode),
+            None => bail!("{source} {text}: expected 0, 1 or 2"),
+        },
     }
 }
 
