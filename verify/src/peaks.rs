@@ -55,9 +55,8 @@ impl Kernel {
     fn of(unit: Unit) -> Option<Kernel> {
         // SAFETY: _at is asked only for indices below the count; entries are complete and never freed.
         let mut all = (0..unsafe { ffi::q3n_peak_count() }).map(|i| unsafe { &*ffi::q3n_peak_at(i) });
-        let entry = all.find(|k| {
-            k.kind == unit.raw() && Isa::all().nth(k.isa as usize).is_some_and(|isa: Isa| isa.available())
-        })?;
+        let entry = all
+            .find(|k| k.kind == unit.raw() && Isa::all().nth(k.isa as usize).is_some_and(|isa: Isa| isa.available()))?;
         // SAFETY: the name is a static ASCII string.
         let name = unsafe { CStr::from_ptr(entry.name) }.to_str().unwrap_or("");
         Some(Kernel { name, work: entry.work as usize, run: entry.run? })
@@ -123,7 +122,8 @@ impl Peaks {
         self.known(Unit::Read, threads, bytes, || {
             let lines = self.buffer.get_or_init(|| vec![Line([1; 64]); buffer_bytes() / size_of::<Line>()]);
             let part = bytes / threads / kernel.work;
-            let slices: Vec<&[Line]> = lines.chunks((part * kernel.work / size_of::<Line>()).max(1)).take(threads).collect();
+            let slices: Vec<&[Line]> =
+                lines.chunks((part * kernel.work / size_of::<Line>()).max(1)).take(threads).collect();
             let pass = |thread: usize, times: usize| {
                 if let Some(slice) = slices.get(thread) {
                     (0..times).for_each(|_| kernel.run(slice, slice.len() * size_of::<Line>() / kernel.work));

@@ -79,7 +79,8 @@ fn every_operator_can_be_timed() {
 fn an_operators_csv_and_markdown_have_the_same_rows() {
     let ask = "bench op norm -r 1 --tokens 1,2 --shape 1x64";
     let (csv, table) = (stdout(&format!("{ask} -o csv")), cells(&stdout(ask)));
-    let header = "op,variant,dtype,shape,tokens,threads,median_s,min_s,samples,ratio,gflops,gbs,peak_fraction,peak,row_l2";
+    let header =
+        "op,variant,dtype,shape,tokens,threads,median_s,min_s,samples,ratio,gflops,gbs,peak_fraction,peak,row_l2";
     assert_eq!(csv.lines().next(), Some(header));
     assert!(csv.lines().all(|l| l.split(',').count() == header.split(',').count()), "{csv}");
     assert_eq!(csv.lines().count(), table.len());
@@ -88,7 +89,8 @@ fn an_operators_csv_and_markdown_have_the_same_rows() {
 
 #[test]
 fn models_json_has_llama_benchs_fields() {
-    let ask = "bench model -p 8,12 -n 2 -pg 4,2 -d 3 -r 2 -b 6 -ub 4 -t 2 -fa 1 -ngl 0 -mmp 1 -rtr 0 --n-cpu-moe 0 -ctk f32 \
+    let ask =
+        "bench model -p 8,12 -n 2 -pg 4,2 -d 3 -r 2 -b 6 -ub 4 -t 2 -fa 1 -ngl 0 -mmp 1 -rtr 0 --n-cpu-moe 0 -ctk f32 \
                -ctv f32 --fused-delta 2";
     let tests = json(&format!("{ask} -o json"));
     let tests = tests.as_array().unwrap();
@@ -96,14 +98,40 @@ fn models_json_has_llama_benchs_fields() {
     assert_eq!(sizes, [(8, 0), (12, 0), (0, 2), (4, 2)]);
     for test in tests {
         for text in [
-            "build_commit", "cpu_info", "gpu_info", "backends", "model_filename", "model_type", "type_k", "type_v",
-            "cpu_mask", "split_mode", "devices", "tensor_split", "tensor_buft_overrides", "test_time",
+            "build_commit",
+            "cpu_info",
+            "gpu_info",
+            "backends",
+            "model_filename",
+            "model_type",
+            "type_k",
+            "type_v",
+            "cpu_mask",
+            "split_mode",
+            "devices",
+            "tensor_split",
+            "tensor_buft_overrides",
+            "test_time",
         ] {
             assert!(test[text].is_string(), "{text}: {}", test[text]);
         }
         for number in [
-            "build_number", "model_size", "model_n_params", "n_batch", "n_ubatch", "n_threads", "poll", "n_gpu_layers",
-            "n_cpu_moe", "main_gpu", "n_prompt", "n_gen", "n_depth", "avg_ns", "stddev_ns", "flash_attn",
+            "build_number",
+            "model_size",
+            "model_n_params",
+            "n_batch",
+            "n_ubatch",
+            "n_threads",
+            "poll",
+            "n_gpu_layers",
+            "n_cpu_moe",
+            "main_gpu",
+            "n_prompt",
+            "n_gen",
+            "n_depth",
+            "avg_ns",
+            "stddev_ns",
+            "flash_attn",
         ] {
             assert!(test[number].is_i64(), "{number}: {}", test[number]);
         }
@@ -119,7 +147,10 @@ fn models_json_has_llama_benchs_fields() {
         assert!((test["avg_ns"].as_f64().unwrap() - (ns[0] + ns[1]) / 2.0).abs() <= 1.0);
         let spread = (ts[0] - ts[1]).abs() / 2f64.sqrt();
         assert!((test["stddev_ts"].as_f64().unwrap() - spread).abs() <= 1e-6 * ts[0]);
-        assert_eq!((test["n_depth"].as_u64(), test["n_batch"].as_u64(), test["n_ubatch"].as_u64()), (Some(3), Some(6), Some(4)));
+        assert_eq!(
+            (test["n_depth"].as_u64(), test["n_batch"].as_u64(), test["n_ubatch"].as_u64()),
+            (Some(3), Some(6), Some(4))
+        );
         // Only a test of one kind says how near it came to one roof.
         let (reads, computes) = (test["bytes_per_token"].is_number(), test["ops_per_token"].is_number());
         assert_eq!(reads, test["n_prompt"] == 0);
@@ -164,7 +195,8 @@ fn a_sweep_marks_the_best_and_draws() {
     let ask = "sweep -p 12 -n 2 -r 1 -b 4,8 -ub 2,4,8 -t 1";
     let document = json(&format!("{ask} -o json --plot {}", plot.display()));
     let rows = document["rows"].as_array().unwrap();
-    let sizes: Vec<_> = rows.iter().map(|r| (r["n_batch"].as_u64().unwrap(), r["n_ubatch"].as_u64().unwrap())).collect();
+    let sizes: Vec<_> =
+        rows.iter().map(|r| (r["n_batch"].as_u64().unwrap(), r["n_ubatch"].as_u64().unwrap())).collect();
     assert_eq!(sizes, [(4, 2), (4, 4), (8, 2), (8, 4), (8, 8)]);
     for (best, speed) in [("best_pp", "pp_avg_ts"), ("best_tg", "tg_avg_ts")] {
         let best = rows[document[best].as_u64().unwrap() as usize][speed].as_f64().unwrap();

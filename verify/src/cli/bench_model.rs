@@ -1,8 +1,8 @@
 //! `qwen3next bench model`: llama-bench's job, with its flags, its defaults and its output.
 
 use super::run_model::{
-    fused_deltas, main_type, model_size, numbers, Bench, Run, Setting, Work, CPU_MOE, FLASH_ATTN, GPU_LAYERS, MMAP, REPACK,
-    TYPE_K, TYPE_V,
+    fused_deltas, main_type, model_size, numbers, Bench, Run, Setting, Work, CPU_MOE, FLASH_ATTN, GPU_LAYERS, MMAP,
+    REPACK, TYPE_K, TYPE_V,
 };
 use crate::Done;
 use anyhow::Context;
@@ -105,7 +105,8 @@ impl Args {
         for text in &self.prompt_gen {
             let pair = numbers("-pg", std::slice::from_ref(text), &[], 0, MOST);
             let pair = pair.ok().filter(|pair| pair.len() == 2 && !text.contains('-'));
-            let pair = pair.with_context(|| format!("-pg {text}: expected tokens of prompt and generation as 512,128"))?;
+            let pair =
+                pair.with_context(|| format!("-pg {text}: expected tokens of prompt and generation as 512,128"))?;
             both.push((pair[0], pair[1]));
         }
         let wanted = prompts.iter().map(|&p| (p, 0)).chain(gens.iter().map(|&n| (0, n))).chain(both);
@@ -224,7 +225,11 @@ impl Test {
             (0, n) => format!("tg{n}"),
             (p, n) => format!("pp{p}+tg{n}"),
         };
-        if self.depth > 0 { format!("{name} @ d{}", self.depth) } else { name }
+        if self.depth > 0 {
+            format!("{name} @ d{}", self.depth)
+        } else {
+            name
+        }
     }
 
     /// Nanoseconds of every repetition.
@@ -421,7 +426,11 @@ pub fn describe(loaded: &super::model::Loaded) -> String {
 /// Two decimals in the smaller of two units, or from a thousand of them on in the larger.
 fn in_units(n: f64, thousand: f64, [small, large]: [&str; 2]) -> String {
     let n = n / (thousand * thousand);
-    if n < thousand { format!("{n:.2} {small}") } else { format!("{:.2} {large}", n / thousand) }
+    if n < thousand {
+        format!("{n:.2} {small}")
+    } else {
+        format!("{:.2} {large}", n / thousand)
+    }
 }
 
 /// A column of the markdown table: heading and width, negative where it is flush left.
@@ -461,7 +470,8 @@ fn header(columns: &[Column], out: &mut impl Write) -> std::io::Result<()> {
 }
 
 fn row(columns: &[Column], result: &Result, out: &mut impl Write) -> std::io::Result<()> {
-    let cell = |c: &Column| result.cells.iter().find(|(name, _)| *name == c.0).map_or(String::new(), |(_, v)| v.clone());
+    let cell =
+        |c: &Column| result.cells.iter().find(|(name, _)| *name == c.0).map_or(String::new(), |(_, v)| v.clone());
     line(columns, cell, out)?;
     out.flush()
 }

@@ -214,7 +214,10 @@ impl Args {
                 self.only_f32()?;
                 let points = self.points(&[1, 512], &["8192x4"], &["f32"], |t, shape, _| {
                     let [c, width] = sizes("--shape", shape, "CxW")?;
-                    ensure!(c <= 1 << 20 && (2..=16).contains(&width), "--shape {shape}: expected C to 1048576, W 2 to 16");
+                    ensure!(
+                        c <= 1 << 20 && (2..=16).contains(&width),
+                        "--shape {shape}: expected C to 1048576, W 2 to 16"
+                    );
                     Ok(Box::new(move || Ok(causal_conv::CausalConv::new(t, c, width))))
                 })?;
                 self.measure(only_check, points)
@@ -295,7 +298,10 @@ impl Args {
                     Ok(Box::new(move || Ok(matmul::Matmul::new(m, n, k, dtype))))
                 })?;
                 let asked = !self.shape.is_empty() || !self.tokens.is_empty();
-                self.measure(only_check, points.into_iter().filter(|p| asked || p.shape != HEAD || p.tokens == 1).collect())
+                self.measure(
+                    only_check,
+                    points.into_iter().filter(|p| asked || p.shape != HEAD || p.tokens == 1).collect(),
+                )
             }
             "moe_route" => {
                 let points = self.experts("E/K", &[1, 512], &["f32"], |sizes, _| Ok(moe::Route::new(sizes)))?;
@@ -354,7 +360,11 @@ impl Args {
     }
 
     fn tokens(&self, default: &[usize]) -> Vec<usize> {
-        if self.tokens.is_empty() { default.to_vec() } else { self.tokens.clone() }
+        if self.tokens.is_empty() {
+            default.to_vec()
+        } else {
+            self.tokens.clone()
+        }
     }
 
     /// Every shape, type and number of tokens.

@@ -54,7 +54,13 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             writeln!(out, "| {:-<5} | {:-<16} | {:->9}: | {:->9}: | -------- |", "", "", "", "")?;
             for (unit, kernel, one, all) in rows {
                 let of = if unit == Unit::Read { "GB/s" } else { "GOP/s" };
-                writeln!(out, "| {:<5} | {kernel:<16} | {:>10.1} | {:>10.1} | {of:<8} |", unit.name(), one / 1e9, all / 1e9)?;
+                writeln!(
+                    out,
+                    "| {:<5} | {kernel:<16} | {:>10.1} | {:>10.1} | {of:<8} |",
+                    unit.name(),
+                    one / 1e9,
+                    all / 1e9
+                )?;
             }
         }
     }

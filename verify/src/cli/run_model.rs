@@ -361,7 +361,9 @@ mod tests {
     fn work_of_the_embedded_model_is_less_than_its_size() {
         let loaded = model::load(None).unwrap();
         let work = Work::of(&loaded.model);
-        assert!(work.bytes > 0.0 && work.bytes < model_size(&loaded) as f64 + loaded.model.config().state_bytes() as f64);
+        assert!(
+            work.bytes > 0.0 && work.bytes < model_size(&loaded) as f64 + loaded.model.config().state_bytes() as f64
+        );
         assert!(work.ops < 2.0 * loaded.metadata.parameters() as f64);
         assert_eq!(work.unit(), Unit::Int8);
         assert!(work.token_bytes(100, 1) > work.token_bytes(0, 1));

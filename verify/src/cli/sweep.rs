@@ -185,7 +185,11 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
                     (false, false) => "",
                 };
                 let (pp, tg) = (format!("{pp:.2} ± {pp_spread:.2}"), format!("{tg:.2} ± {tg_spread:.2}"));
-                writeln!(out, "| {:>7} | {:>7} | {:>8} | {pp:>20} | {tg:>20} | {mark:<5} |", s.threads, s.batch, s.ubatch)?;
+                writeln!(
+                    out,
+                    "| {:>7} | {:>7} | {:>8} | {pp:>20} | {tg:>20} | {mark:<5} |",
+                    s.threads, s.batch, s.ubatch
+                )?;
             }
         }
     }

@@ -102,10 +102,11 @@ impl Timed for Attention {
 
     fn judge(&self, variant: &Variant<Op>) -> Result<Metrics, Failure> {
         let Sizes { t, s, hq, hkv, d } = self.sizes;
+        let t = t.min(37);
         let case = Case {
             batch: 1,
-            t: t.min(37),
-            s: s.min(t.max(200)).min(600),
+            t,
+            s: s.min(20_000 / t.max(1)),
             group: hq / hkv,
             hkv: 1,
             d,

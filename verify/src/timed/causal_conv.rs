@@ -2,7 +2,7 @@
 
 use super::{reference, Timed, Work, SEED};
 use crate::buffer::Layout;
-use crate::cases::causal_conv::{CausalConv as Suite, Case, Problem, States};
+use crate::cases::causal_conv::{Case, CausalConv as Suite, Problem, States};
 use crate::compare::{Failure, Metrics};
 use qwen3next_kernels::causal_conv::{self, Op};
 use qwen3next_kernels::{Exec, Variant, View, ViewMut};

@@ -17,8 +17,7 @@ pub struct Norm {
 impl Norm {
     /// Inputs.
     pub fn new(kind: Kind, t: usize, h: usize, d: usize) -> Norm {
-        let case =
-            Case { t, h, d, kind, eps: 1e-6, in_place: false, layout: Layout::Packed, regime: Regime::Normal };
+        let case = Case { t, h, d, kind, eps: 1e-6, in_place: false, layout: Layout::Packed, regime: Regime::Normal };
         Norm { y: vec![0.0; t * h * d], inputs: Inputs::generate(&case, SEED), case }
     }
 }
