@@ -5,6 +5,7 @@ use qwen3next_kernels::{ffi, Isa};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{c_void, CStr};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Barrier, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -79,10 +80,13 @@ const OPERAND: [u8; 4] = [0x01, 0x3c, 0x01, 0x3c];
 const OPERANDS: usize = ffi::Q3N_PEAK_OPERANDS as usize;
 
 /// A sample is at least this long, where the work can be repeated.
-const SAMPLE: Duration = Duration::from_millis(3);
+const SAMPLE: Duration = Duration::from_millis(1);
 
 /// Samples of a peak, the best of which counts.
-const SAMPLES: usize = 8;
+const SAMPLES: usize = 32;
+
+/// Parts of a thread's share of memory, one a sample.
+const PARTS: usize = 8;
 
 /// Peaks of this machine; each is measured when first asked for.
 #[derive(Debug, Default)]
@@ -121,15 +125,20 @@ impl Peaks {
         let bytes = bytes.clamp(threads * kernel.work * 8, buffer_bytes()).next_power_of_two().min(buffer_bytes());
         self.known(Unit::Read, threads, bytes, || {
             let lines = self.buffer.get_or_init(|| vec![Line([1; 64]); buffer_bytes() / size_of::<Line>()]);
-            let part = bytes / threads / kernel.work;
-            let slices: Vec<&[Line]> =
-                lines.chunks((part * kernel.work / size_of::<Line>()).max(1)).take(threads).collect();
+            // A pass over memory goes in parts: a short sample is more likely to find the machine undisturbed.
+            let parts = if bytes > 2 * last_cache() { PARTS } else { 1 };
+            let steps = bytes / threads / parts / kernel.work;
+            let part = (steps * kernel.work / size_of::<Line>()).max(1);
+            let next: Vec<AtomicUsize> = (0..threads).map(|_| AtomicUsize::new(0)).collect();
             let pass = |thread: usize, times: usize| {
-                if let Some(slice) = slices.get(thread) {
-                    (0..times).for_each(|_| kernel.run(slice, slice.len() * size_of::<Line>() / kernel.work));
+                for _ in 0..times {
+                    let at = (thread * parts + next[thread].fetch_add(1, Relaxed) % parts) * part;
+                    if let Some(lines) = lines.get(at..at + part) {
+                        kernel.run(lines, steps);
+                    }
                 }
             };
-            best(threads, (part * threads * kernel.work) as f64, pass)
+            best(threads, (steps * kernel.work * threads) as f64, pass)
         })
     }
 
@@ -224,12 +233,10 @@ pub fn buffer_bytes() -> usize {
     (8 * last_cache()).next_power_of_two().clamp(1 << 28, 1 << 30)
 }
 
-/// Processes that ran beside this one in the last minute, where the system tells and there were some: peaks and times come
-/// out too low then.
-pub fn others() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
-    let load: f64 = text.split_whitespace().next()?.parse().ok()?;
-    Some(load).filter(|&load| load > 0.5)
+/// Processes that ran on average in the last minute, where the system tells. With other work beside them peaks and times
+/// come out too low.
+pub fn load() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().next()?.parse().ok()
 }
 
 #[cfg(test)]

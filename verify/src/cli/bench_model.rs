@@ -268,8 +268,7 @@ impl Test {
         let parameters = loaded.metadata.parameters();
         let size = model_size(loaded);
         let kind = describe(loaded);
-        let file = loaded.metadata.files.first().filter(|_| s.model.is_some());
-        let filename = s.model.as_ref().or(file).map_or("embedded".into(), |p| p.display().to_string());
+        let filename = s.model.as_ref().map_or("embedded".into(), |p| p.display().to_string());
         let near = self.near(run, speed, size, peaks);
 
         let mut fields = vec![
