@@ -3,6 +3,7 @@
 pub const Q3N_R16: u32 = 256;
 pub const Q3N_ABI_VERSION: u32 = 2;
 pub const Q3N_SCRATCH_ALIGN: u32 = 64;
+pub const Q3N_PEAK_OPERANDS: u32 = 1024;
 pub const Q3N_F32: q3n_dtype = 0;
 pub const Q3N_F16: q3n_dtype = 1;
 pub const Q3N_Q4_0: q3n_dtype = 2;
@@ -550,6 +551,48 @@ unsafe extern "C" {
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
     ) -> q3n_status;
+}
+pub const Q3N_PEAK_READ: q3n_peak_kind = 0;
+pub const Q3N_PEAK_F32: q3n_peak_kind = 1;
+pub const Q3N_PEAK_BF16: q3n_peak_kind = 2;
+pub const Q3N_PEAK_INT8: q3n_peak_kind = 3;
+pub const Q3N_PEAK_COUNT: q3n_peak_kind = 4;
+pub type q3n_peak_kind = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_peak {
+    pub name: *const ::core::ffi::c_char,
+    pub kind: q3n_peak_kind,
+    pub isa: q3n_isa,
+    pub work: i64,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(data: *const ::core::ffi::c_void, n: i64) -> u32,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of q3n_peak"][::core::mem::size_of::<q3n_peak>() - 32usize];
+    ["Alignment of q3n_peak"][::core::mem::align_of::<q3n_peak>() - 8usize];
+    [
+        "Offset of field: q3n_peak::name",
+    ][::core::mem::offset_of!(q3n_peak, name) - 0usize];
+    [
+        "Offset of field: q3n_peak::kind",
+    ][::core::mem::offset_of!(q3n_peak, kind) - 8usize];
+    ["Offset of field: q3n_peak::isa"][::core::mem::offset_of!(q3n_peak, isa) - 12usize];
+    [
+        "Offset of field: q3n_peak::work",
+    ][::core::mem::offset_of!(q3n_peak, work) - 16usize];
+    ["Offset of field: q3n_peak::run"][::core::mem::offset_of!(q3n_peak, run) - 24usize];
+};
+unsafe extern "C" {
+    pub fn q3n_peak_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_peak_at(i: i64) -> *const q3n_peak;
+}
+unsafe extern "C" {
+    pub fn q3n_peak_kind_name(kind: q3n_peak_kind) -> *const ::core::ffi::c_char;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -50,14 +50,14 @@ fn switch(text: &str) -> Result<bool, String> {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1048576".into()),
     }
 }
 
-fn threads(text: &str) -> Result<usize, String> {
+pub fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1024).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1024".into()),
@@ -103,21 +103,26 @@ impl Args {
 
     /// How forward passes run.
     pub fn forward(&self) -> anyhow::Result<Options> {
-        let (source, number) = match self.fused_delta {
-            Some(number) => ("--fused-delta", Some(number.to_string())),
-            None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
-                .into_iter()
-                .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
-                .unwrap_or(("", None)),
-        };
-        let fused_delta = match number {
-            None => FusedDelta::default(),
-            Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
-                Some(mode) => mode,
-                None => bail!("{source} {text}: expected 0, 1 or 2"),
-            },
-        };
+        let fused_delta = fused_delta(self.fused_delta)?;
         Ok(Options { ubatch: self.ubatch, fused_delta, activations: self.activations.unwrap_or(Activations::Q8) })
+    }
+}
+
+/// The delta rule's mode: what was asked for, or what the environment says, or the fastest.
+pub fn fused_delta(asked: Option<u32>) -> anyhow::Result<FusedDelta> {
+    let (source, number) = match asked {
+        Some(number) => ("--fused-delta", Some(number.to_string())),
+        None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
+            .into_iter()
+            .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
+            .unwrap_or(("", None)),
+    };
+    match number {
+        None => Ok(FusedDelta::default()),
+        Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
+            Some(mode) => Ok(mode),
+            None => bail!("{source} {text}: expected 0, 1 or 2"),
+        },
     }
 }
 
@@ -133,9 +138,14 @@ pub fn repack(loaded: &mut Loaded) {
 
 /// Loads a model, the embedded one where no path is given, with a progress bar.
 pub fn load(path: Option<&Path>) -> anyhow::Result<Loaded> {
+    load_with(path, true)
+}
+
+/// As [`load`], from a memory map of the file or by reading it.
+pub fn load_with(path: Option<&Path>, mmap: bool) -> anyhow::Result<Loaded> {
     let bar = super::progress(0, "loading {wide_bar} {pos}/{len} layers");
     let loaded = match path {
-        Some(path) => qwen3next_model::Weights::load(path, &mut |progress| {
+        Some(path) => qwen3next_model::load(path, qwen3next_model::file::Options { mmap }, &mut |progress| {
             bar.set_length(progress.total as u64);
             bar.set_position(progress.done as u64);
         })?,
