@@ -76,6 +76,18 @@ static inline void q3n_v_transpose(q3n_v x[8]) {
   }
 }
 
+/* Of 4 vectors that hold 8 rows of 4, vector i becomes column i. */
+static inline void q3n_v_deal4(q3n_v x[4]) {
+  const __m256 r0 = _mm256_permute2f128_ps(x[0], x[2], 0x20), r1 = _mm256_permute2f128_ps(x[0], x[2], 0x31);
+  const __m256 r2 = _mm256_permute2f128_ps(x[1], x[3], 0x20), r3 = _mm256_permute2f128_ps(x[1], x[3], 0x31);
+  const __m256 e = _mm256_unpacklo_ps(r0, r1), f = _mm256_unpackhi_ps(r0, r1);
+  const __m256 g = _mm256_unpacklo_ps(r2, r3), h = _mm256_unpackhi_ps(r2, r3);
+  x[0] = _mm256_shuffle_ps(e, g, 0x44);
+  x[1] = _mm256_shuffle_ps(e, g, 0xee);
+  x[2] = _mm256_shuffle_ps(f, h, 0x44);
+  x[3] = _mm256_shuffle_ps(f, h, 0xee);
+}
+
 /* e^x within 1 ulp, for subnormal results within half of the least number more; 0, infinity and NaN where they belong.
    x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r^2 q(r) with q minimax: off by 2^-28 of e^r. */
 static inline q3n_v q3n_v_exp(q3n_v x) {
@@ -97,6 +109,48 @@ static inline q3n_v q3n_v_exp(q3n_v x) {
   const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(low, bias), 23));
   const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(high, bias), 23));
   return _mm256_mul_ps(_mm256_mul_ps(e, first), second);
+}
+
+/* x / (1 + e^-x) within 4 roundings: 2 of the exponential, one of the sum, one of the quotient. */
+static inline q3n_v q3n_v_silu(q3n_v x) {
+  const q3n_v e = q3n_v_exp(q3n_v_sub(q3n_v_zero(), x));
+  return q3n_v_div(x, q3n_v_add(q3n_v_set(1.0f), e));
+}
+
+/* Doubles: the lower and the upper half of a vector of floats, and back. */
+enum { Q3N_D_LANES = 4 };
+typedef __m256d q3n_d;
+
+static inline q3n_d q3n_d_low(q3n_v x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+static inline q3n_d q3n_d_high(q3n_v x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+static inline q3n_v q3n_d_join(q3n_d low, q3n_d high) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(low)), _mm256_cvtpd_ps(high), 1);
+}
+static inline q3n_d q3n_d_set(double x) { return _mm256_set1_pd(x); }
+static inline q3n_d q3n_d_load(const double *p) { return _mm256_loadu_pd(p); }
+static inline void q3n_d_store(double *p, q3n_d x) { _mm256_storeu_pd(p, x); }
+static inline q3n_d q3n_d_add(q3n_d x, q3n_d y) { return _mm256_add_pd(x, y); }
+static inline q3n_d q3n_d_mul(q3n_d x, q3n_d y) { return _mm256_mul_pd(x, y); }
+/* x y + z and z - x y. */
+static inline q3n_d q3n_d_fma(q3n_d x, q3n_d y, q3n_d z) { return _mm256_fmadd_pd(x, y, z); }
+static inline q3n_d q3n_d_nfma(q3n_d x, q3n_d y, q3n_d z) { return _mm256_fnmadd_pd(x, y, z); }
+static inline double q3n_d_sum(q3n_d x) {
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}
+static inline q3n_d q3n_d_round(q3n_d x) {
+  return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* y where the whole number n, of at most 31 bits, is odd, else x. */
+static inline q3n_d q3n_d_if_odd(q3n_d n, q3n_d x, q3n_d y) {
+  const __m256i bits = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
+  return _mm256_blendv_pd(x, y, _mm256_castsi256_pd(_mm256_slli_epi64(bits, 63)));
+}
+/* -x where bit 1 of the whole number n, of at most 31 bits, is set, else x. */
+static inline q3n_d q3n_d_negate_if_2(q3n_d n, q3n_d x) {
+  const __m256i bits = _mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n));
+  const __m256i sign = _mm256_slli_epi64(_mm256_and_si256(bits, _mm256_set1_epi64x(2)), 62);
+  return _mm256_xor_pd(x, _mm256_castsi256_pd(sign));
 }
 
 #endif

@@ -99,6 +99,20 @@ static inline void q3n_v_transpose(q3n_v x[16]) {
   }
 }
 
+/* Of 4 vectors that hold 16 rows of 4, vector i becomes column i. */
+static inline void q3n_v_deal4(q3n_v x[4]) {
+  const __m512 a = _mm512_shuffle_f32x4(x[0], x[1], 0x88), b = _mm512_shuffle_f32x4(x[2], x[3], 0x88);
+  const __m512 c = _mm512_shuffle_f32x4(x[0], x[1], 0xdd), d = _mm512_shuffle_f32x4(x[2], x[3], 0xdd);
+  const __m512 r0 = _mm512_shuffle_f32x4(a, b, 0x88), r2 = _mm512_shuffle_f32x4(a, b, 0xdd);
+  const __m512 r1 = _mm512_shuffle_f32x4(c, d, 0x88), r3 = _mm512_shuffle_f32x4(c, d, 0xdd);
+  const __m512 e = _mm512_unpacklo_ps(r0, r1), f = _mm512_unpackhi_ps(r0, r1);
+  const __m512 g = _mm512_unpacklo_ps(r2, r3), h = _mm512_unpackhi_ps(r2, r3);
+  x[0] = _mm512_shuffle_ps(e, g, 0x44);
+  x[1] = _mm512_shuffle_ps(e, g, 0xee);
+  x[2] = _mm512_shuffle_ps(f, h, 0x44);
+  x[3] = _mm512_shuffle_ps(f, h, 0xee);
+}
+
 /* e^x within 1 ulp, for subnormal results within half of the least number more; 0, infinity and NaN where they belong.
    x = n ln 2 + r with |r| <= ln 2 / 2, and e^r = 1 + r + r^2 q(r) with q minimax: off by 2^-28 of e^r. */
 static inline q3n_v q3n_v_exp(q3n_v x) {
@@ -114,6 +128,46 @@ static inline q3n_v q3n_v_exp(q3n_v x) {
   q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0x1.fffffcp-2f));
   const __m512 e = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), q, r), _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(e, n);
+}
+
+/* x / (1 + e^-x) within 4 roundings: 2 of the exponential, one of the sum, one of the quotient. */
+static inline q3n_v q3n_v_silu(q3n_v x) {
+  const q3n_v e = q3n_v_exp(q3n_v_sub(q3n_v_zero(), x));
+  return q3n_v_div(x, q3n_v_add(q3n_v_set(1.0f), e));
+}
+
+/* Doubles: the lower and the upper half of a vector of floats, and back. */
+enum { Q3N_D_LANES = 8 };
+typedef __m512d q3n_d;
+
+static inline q3n_d q3n_d_low(q3n_v x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+static inline q3n_d q3n_d_high(q3n_v x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+static inline q3n_v q3n_d_join(q3n_d low, q3n_d high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+}
+static inline q3n_d q3n_d_set(double x) { return _mm512_set1_pd(x); }
+static inline q3n_d q3n_d_load(const double *p) { return _mm512_loadu_pd(p); }
+static inline void q3n_d_store(double *p, q3n_d x) { _mm512_storeu_pd(p, x); }
+static inline q3n_d q3n_d_add(q3n_d x, q3n_d y) { return _mm512_add_pd(x, y); }
+static inline q3n_d q3n_d_mul(q3n_d x, q3n_d y) { return _mm512_mul_pd(x, y); }
+/* x y + z and z - x y. */
+static inline q3n_d q3n_d_fma(q3n_d x, q3n_d y, q3n_d z) { return _mm512_fmadd_pd(x, y, z); }
+static inline q3n_d q3n_d_nfma(q3n_d x, q3n_d y, q3n_d z) { return _mm512_fnmadd_pd(x, y, z); }
+static inline double q3n_d_sum(q3n_d x) {
+  const __m256d half = _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}
+static inline q3n_d q3n_d_round(q3n_d x) { return _mm512_roundscale_pd(x, 0); }
+/* y where the whole number n, of at most 31 bits, is odd, else x. */
+static inline q3n_d q3n_d_if_odd(q3n_d n, q3n_d x, q3n_d y) {
+  const __mmask8 odd = _mm512_test_epi64_mask(_mm512_cvtpd_epi64(n), _mm512_set1_epi64(1));
+  return _mm512_mask_blend_pd(odd, x, y);
+}
+/* -x where bit 1 of the whole number n, of at most 31 bits, is set, else x. */
+static inline q3n_d q3n_d_negate_if_2(q3n_d n, q3n_d x) {
+  const __m512i sign = _mm512_slli_epi64(_mm512_and_si512(_mm512_cvtpd_epi64(n), _mm512_set1_epi64(2)), 62);
+  return _mm512_xor_pd(x, _mm512_castsi512_pd(sign));
 }
 
 #endif
