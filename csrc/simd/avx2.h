@@ -22,7 +22,17 @@ static inline q3n_v q3n_v_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void q3n_v_store(float *p, q3n_v x) { _mm256_storeu_ps(p, x); }
 /* Only the lanes of the mask are touched in memory; the others load as 0. */
 static inline q3n_v q3n_v_load_some(q3n_v_mask m, const float *p) { return _mm256_maskload_ps(p, m); }
-static inline void q3n_v_store_some(float *p, q3n_v_mask m, q3n_v x) { _mm256_maskstore_ps(p, m, x); }
+static inline void q3n_v_store_some(float *p, q3n_v_mask m, q3n_v x) {
+#if defined(__has_feature)
+#if __has_feature(memory_sanitizer)
+  /* It does not know that maskstore writes. */
+  for (int i = 0; i < 8; i++)
+    if (((__v8si)m)[i]) p[i] = x[i];
+  return;
+#endif
+#endif
+  _mm256_maskstore_ps(p, m, x);
+}
 static inline q3n_v q3n_v_add(q3n_v x, q3n_v y) { return _mm256_add_ps(x, y); }
 static inline q3n_v q3n_v_sub(q3n_v x, q3n_v y) { return _mm256_sub_ps(x, y); }
 static inline q3n_v q3n_v_mul(q3n_v x, q3n_v y) { return _mm256_mul_ps(x, y); }
