@@ -344,7 +344,7 @@ pub const CATALOGUE: &[Mutant] = &[
         "the scratch asked for lacks a row a thread: right as long as a neighbour's lies unused behind it",
         "gated_delta",
         "chunked32_scalar",
-        &[at("gated_delta/gated_delta.c", "+ 2 * C + 3 * a->K) * 4)", "+ 2 * C + 2 * a->K) * 4)")],
+        &[at("gated_delta/gated_delta.c", "+ 3 * C + 4 * a->K) * 4)", "+ 3 * C + 3 * a->K) * 4)")],
     ),
     kernel(
         "24a",
