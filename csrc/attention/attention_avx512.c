@@ -28,7 +28,7 @@ typedef struct memory {
   float *p;         /* [rows][KEYS]: the block's sums q . k_j, then its weights */
   uint64_t *seen;   /* [rows]: the keys of the block whose score is not -inf */
   float *k;         /* [D][PANEL] */
-  float *v;         /* [P / PANEL][KEYS][PANEL] */
+  float *v;         /* [KEYS][PANEL] */
   float *row;       /* [P]: one value as it lies in the cache */
 } memory;
 
@@ -41,7 +41,7 @@ static int64_t padded_rows(const q3n_attention_args *a) {
 static int64_t layout(const q3n_attention_args *a, char *at, memory *m) {
   const int64_t rows = padded_rows(a), P = (a->D + PANEL - 1) / PANEL * PANEL;
   const int64_t size[] = {rows * a->D, rows * P, rows,         rows,     rows,
-                          rows * KEYS, 2 * rows, a->D * PANEL, P * KEYS, P};
+                          rows * KEYS, 2 * rows, a->D * PANEL, KEYS * PANEL, P};
   int64_t offset[10], bytes = 0;
   for (int i = 0; i < 10; i++) {
     offset[i] = bytes;
@@ -98,6 +98,37 @@ static inline const void *row_at(const void *cache, q3n_dtype dtype, int64_t at)
   return p + at * 2;
 }
 
+/* Rows of the cache that are needed soon: they lie apart, and the hardware does not guess them. */
+typedef struct ahead {
+  const char *at, *past; /* the rest of the row */
+  int64_t bytes, stride; /* of a row, between rows */
+  int64_t rows;          /* that begin after this one */
+  int64_t lines;         /* asked for a step, so that the steps are enough for all */
+} ahead;
+
+static ahead ahead_of(const void *cache, q3n_dtype dtype, int64_t at, int64_t stride, int64_t rows, int64_t D,
+                      int64_t steps) {
+  const char *row = row_at(cache, dtype, at);
+  const int64_t bytes = (const char *)row_at(row, dtype, D) - row;
+  const int64_t lines = rows * q3n_ceil_div(bytes, 64);
+  return (ahead){row, rows > 0 ? row + bytes : row, bytes, (const char *)row_at(row, dtype, stride) - row,
+                 rows - 1, q3n_ceil_div(lines, steps)};
+}
+
+/* Inlined, because gcc drops a call that does nothing but ask. */
+static inline __attribute__((always_inline)) void ask(ahead *x) {
+  for (int64_t i = 0; i < x->lines; i++) {
+    if (x->at >= x->past) {
+      if (x->rows <= 0) return;
+      x->rows--;
+      x->at = x->past - x->bytes + x->stride;
+      x->past = x->at + x->bytes;
+    }
+    _mm_prefetch(x->at, _MM_HINT_T0);
+    x->at += 64;
+  }
+}
+
 /* 16 x 16, rows become columns. */
 static inline __attribute__((always_inline)) void transpose16(__m512 x[LANES]) {
   __m512 y[LANES];
@@ -145,22 +176,23 @@ static inline __attribute__((always_inline)) void load_keys_of(q3n_dtype dtype, 
   }
 }
 
-/* n <= KEYS values as v[panel][key][channel]. What is not finite is 0 there; returns the keys that hold such. */
+/* A panel of n <= KEYS values, channels d .. d + PANEL, as v[key][channel]. What is not finite is 0 there; returns the
+   keys that hold such. */
 static inline __attribute__((always_inline)) uint64_t load_values_of(q3n_dtype dtype, const void *cache, int64_t at,
-                                                                     int64_t stride, int64_t n, int64_t D, int64_t P,
+                                                                     int64_t stride, int64_t n, int64_t D, int64_t d,
                                                                      float *v) {
+  const __m512 infinity = _mm512_set1_ps(INFINITY);
+  const __mmask16 lanes[2] = {q3n_mask16(D - d, 0), D - d > LANES ? q3n_mask16(D - d, 1) : 0};
   uint64_t wild = 0;
   for (int64_t j = 0; j < n; j++) {
     const void *row = row_at(cache, dtype, at + j * stride);
-    __mmask16 all = 0xffff;
-    for (int64_t d = 0; d < P; d += LANES) {
-      const __mmask16 lanes = d < D ? q3n_mask16(D - d, 0) : 0;
-      const __m512 x = dtype == Q3N_Q8_0 && !lanes ? _mm512_setzero_ps() : load16(dtype, row, d, lanes);
-      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
-      _mm512_store_ps(v + d / PANEL * KEYS * PANEL + j * PANEL + d % PANEL, _mm512_maskz_mov_ps(finite, x));
-      all &= finite;
+    __mmask16 finite[2];
+    for (int i = 0; i < 2; i++) {
+      const __m512 x = load16(dtype, row, d + LANES * i, lanes[i]);
+      finite[i] = _mm512_cmp_ps_mask(_mm512_abs_ps(x), infinity, _CMP_LT_OQ);
+      _mm512_store_ps(v + j * PANEL + LANES * i, _mm512_maskz_mov_ps(finite[i], x));
     }
-    if (all != 0xffff) wild |= 1ull << j;
+    wild |= (uint64_t)((finite[0] & finite[1]) != 0xffff) << j;
   }
   return wild;
 }
@@ -174,12 +206,12 @@ static void load_keys(const q3n_attention_args *a, int64_t at, int64_t n, float 
   }
 }
 
-static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, const memory *m) {
+static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, int64_t d, float *v) {
   switch (a->kv_dtype) {
-    case Q3N_F16: return load_values_of(Q3N_F16, a->v, at, a->v_s, n, a->D, m->P, m->v);
-    case Q3N_BF16: return load_values_of(Q3N_BF16, a->v, at, a->v_s, n, a->D, m->P, m->v);
-    case Q3N_Q8_0: return load_values_of(Q3N_Q8_0, a->v, at, a->v_s, n, a->D, m->P, m->v);
-    default: return load_values_of(Q3N_F32, a->v, at, a->v_s, n, a->D, m->P, m->v);
+    case Q3N_F16: return load_values_of(Q3N_F16, a->v, at, a->v_s, n, a->D, d, v);
+    case Q3N_BF16: return load_values_of(Q3N_BF16, a->v, at, a->v_s, n, a->D, d, v);
+    case Q3N_Q8_0: return load_values_of(Q3N_Q8_0, a->v, at, a->v_s, n, a->D, d, v);
+    default: return load_values_of(Q3N_F32, a->v, at, a->v_s, n, a->D, d, v);
   }
 }
 
@@ -189,7 +221,7 @@ static int64_t chunk_of(int64_t D) { return D < 64 ? 4 : D < 128 ? 8 : 16; }
 
 /* q . k for `rows` rows of a group and a panel of keys. */
 static inline __attribute__((always_inline)) void scores_of(int rows, const float *q, const float *k, int64_t D,
-                                                            float *p) {
+                                                            float *p, ahead *next) {
   float total[2][ROWS][PANEL] __attribute__((aligned(64)));
   const int64_t chunk = chunk_of(D);
   int64_t d = 0;
@@ -199,6 +231,7 @@ static inline __attribute__((always_inline)) void scores_of(int rows, const floa
     const int64_t end = D - d < chunk ? D : d + chunk;
     __m512 s[ROWS][2];
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
+    ask(next);
     for (; d < end; d++) {
       const __m512 k0 = _mm512_load_ps(k + d * PANEL), k1 = _mm512_load_ps(k + d * PANEL + LANES);
       for (int r = 0; r < rows; r++) {
@@ -241,11 +274,11 @@ static inline __attribute__((always_inline)) void values_of(int rows, const floa
     }
 }
 
-static void scores(int64_t rows, const float *q, const float *k, int64_t D, float *p) {
-  if (rows > 4) scores_of(8, q, k, D, p);
-  else if (rows > 2) scores_of(4, q, k, D, p);
-  else if (rows > 1) scores_of(2, q, k, D, p);
-  else scores_of(1, q, k, D, p);
+static void scores(int64_t rows, const float *q, const float *k, int64_t D, float *p, ahead *next) {
+  if (rows > 4) scores_of(8, q, k, D, p, next);
+  else if (rows > 2) scores_of(4, q, k, D, p, next);
+  else if (rows > 1) scores_of(2, q, k, D, p, next);
+  else scores_of(1, q, k, D, p, next);
 }
 
 static void values(int64_t rows, const float *p, const float *v, int64_t n, const float *rescale, float *o, int64_t P) {
@@ -360,10 +393,15 @@ q3n_status q3n_attention_tile_avx512(const q3n_attention_args *a, int64_t begin,
       while (q3n_attention_visible_end(a, &tile, tile.first + (from + ROWS < rows ? from + ROWS - 1 : rows - 1) / group) <=
              j0)
         from += ROWS;
+      /* Spread over the tiles of the scores the values are fetched, over those of the values the next block's keys. */
+      const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile.hkv * a->k_h;
+      const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
+      const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
+      ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D,
+                            q3n_ceil_div(n, PANEL) * groups * q3n_ceil_div(D, chunk_of(D)));
       for (int64_t j = 0; j < n; j += PANEL) {
-        const int64_t at = slot * a->k_slot + (j0 + j) * a->k_s + tile.hkv * a->k_h;
-        load_keys(a, at, n - j < PANEL ? n - j : PANEL, m.k);
-        for (int64_t r = from; r < rows; r += ROWS) scores(rows - r, m.q + r * D, m.k, D, m.p + r * KEYS + j);
+        load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m.k);
+        for (int64_t r = from; r < rows; r += ROWS) scores(rows - r, m.q + r * D, m.k, D, m.p + r * KEYS + j, &next);
       }
       for (int64_t r = from; r < rows; r++) {
         const int64_t i = tile.first + r / group, t = tile.packed + i;
@@ -374,14 +412,19 @@ q3n_status q3n_attention_tile_avx512(const q3n_attention_args *a, int64_t begin,
           weigh(&m, r, visible < n ? visible : n, a->scale,
                 a->mask ? a->mask + tile.row * a->mask_b + t * a->mask_t + j0 : NULL);
       }
-      const int64_t at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
-      const uint64_t wild = load_values(a, at, n, &m);
-      for (int64_t d = 0; d < m.P; d += PANEL)
-        for (int64_t r = from; r < rows; r += ROWS)
-          values(rows - r, m.p + r * KEYS, m.v + d * KEYS, n, m.rescale + r, m.o + r * m.P + d, m.P);
-      for (uint64_t left = wild; left; left &= left - 1) {
-        const int64_t j = __builtin_ctzll(left);
-        q3n_row_to_float(a->kv_dtype, row_at(a->v, a->kv_dtype, at + j * a->v_s), m.row, D);
+      uint64_t wild = 0;
+      next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS, D,
+                      m.P / PANEL * groups);
+      for (int64_t d = 0; d < m.P; d += PANEL) {
+        wild |= load_values(a, v_at, n, d, m.v);
+        for (int64_t r = from; r < rows; r += ROWS) {
+          ask(&next);
+          values(rows - r, m.p + r * KEYS, m.v, n, m.rescale + r, m.o + r * m.P + d, m.P);
+        }
+      }
+      for (uint64_t some = wild; some; some &= some - 1) {
+        const int64_t j = __builtin_ctzll(some);
+        q3n_row_to_float(a->kv_dtype, row_at(a->v, a->kv_dtype, v_at + j * a->v_s), m.row, D);
         add_wild(&m, from, rows, j, D);
       }
     }
