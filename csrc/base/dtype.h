@@ -8,11 +8,19 @@ typedef enum q3n_dtype {
   Q3N_F32 = 0,
   Q3N_F16 = 1,
   Q3N_Q4_0 = 2,
+  Q3N_Q4_1 = 3,
+  Q3N_Q5_0 = 6,
+  Q3N_Q5_1 = 7,
   Q3N_Q8_0 = 8,
+  Q3N_Q2_K = 10,
+  Q3N_Q3_K = 11,
   Q3N_Q4_K = 12,
   Q3N_Q5_K = 13,
   Q3N_Q6_K = 14,
-  Q3N_BF16 = 30
+  Q3N_IQ4_NL = 20,
+  Q3N_IQ4_XS = 23,
+  Q3N_BF16 = 30,
+  Q3N_MXFP4 = 39
 } q3n_dtype;
 
 /* Elements in a block (1 for plain types), and bytes of one block; 0 for a value that is no supported dtype. */
