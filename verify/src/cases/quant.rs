@@ -273,7 +273,10 @@ fn decoded_isolation(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) 
     let bad = seed as usize % total;
     let size = case.dtype.dtype().block_bytes();
     bytes[bad * size..][..size].fill(NAN_BYTE);
-    want.iter_mut().enumerate().filter(|(i, _)| case.block_of(*i) == bad).for_each(|(_, w)| *w = case.dtype.nan_block());
+    want.iter_mut()
+        .enumerate()
+        .filter(|(i, _)| case.block_of(*i) == bad)
+        .for_each(|(_, w)| *w = case.dtype.nan_block());
     bitwise("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want)?;
     Ok(Some(Metrics::default()))
 }

@@ -42,9 +42,7 @@ fn element(dtype: DType, b: &[u8], i: usize) -> f64 {
         DType::Q4_0 => f16(b, 0) * (f64::from(bits(b, 2 + i % 16, i / 16 * 4, 4)) - 8.0),
         DType::Q4_1 => f16(b, 0) * f64::from(bits(b, 4 + i % 16, i / 16 * 4, 4)) + f16(b, 2),
         DType::Q5_0 => f16(b, 0) * (f64::from(bits(b, 6 + i % 16, i / 16 * 4, 4) + 16 * bits(b, 2, i, 1)) - 16.0),
-        DType::Q5_1 => {
-            f16(b, 0) * f64::from(bits(b, 8 + i % 16, i / 16 * 4, 4) + 16 * bits(b, 4, i, 1)) + f16(b, 2)
-        }
+        DType::Q5_1 => f16(b, 0) * f64::from(bits(b, 8 + i % 16, i / 16 * 4, 4) + 16 * bits(b, 4, i, 1)) + f16(b, 2),
         DType::IQ4_NL => f16(b, 0) * IQ4_LEVELS[bits(b, 2 + i % 16, i / 16 * 4, 4) as usize],
         DType::MXFP4 => {
             let q = bits(b, 1 + i % 16, i / 16 * 4, 4);
