@@ -10,6 +10,7 @@ pub mod mutants;
 pub mod npy;
 pub mod perplexity;
 pub mod plugin;
+pub mod quantize;
 pub mod spelling;
 pub mod synth;
 pub mod tour;
