@@ -137,6 +137,36 @@ static void to_mxfp4(const float *x, q3n_block_mxfp4 *b) {
 /* Below this every searched type's best block is zero; above the other none has a finite scale. */
 static const float k_smallest = 0x1p-26f, k_largest = 0x1p30f;
 
+/* Sums run in eight lanes, so that they vectorise; n is 16 or 32. */
+static inline float sum_lanes(const float s[8]) {
+  return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+static inline float sum(int n, const float *a) {
+  float s[8] = {0};
+  for (int i = 0; i < n; i += 8)
+    for (int l = 0; l < 8; l++) s[l] += a[i + l];
+  return sum_lanes(s);
+}
+
+static inline float dot(int n, const float *a, const float *b) {
+  float s[8] = {0};
+  for (int i = 0; i < n; i += 8)
+    for (int l = 0; l < 8; l++) s[l] += a[i + l] * b[i + l];
+  return sum_lanes(s);
+}
+
+/* Squared error of scale level - min. */
+static inline float squared_error(int n, const float *x, float scale, float min, const float *level) {
+  float s[8] = {0};
+  for (int i = 0; i < n; i += 8)
+    for (int l = 0; l < 8; l++) {
+      const float off = scale * level[i + l] - min - x[i + l];
+      s[l] += off * off;
+    }
+  return sum_lanes(s);
+}
+
 /* Scale candidates of a sub-block: the range is stretched from `levels - 1` to `levels + 1` steps. */
 enum { K_TRIALS = 15, K_REFITS = 3 };
 static float trial_levels(float levels, int trial) {
@@ -160,24 +190,20 @@ typedef struct {
 } affine_block;
 
 /* The best q of one sub-block for a scale and minimum, and the error that is left. */
-static inline float affine_round_sub(const affine_format *f, const float *x, float scale, float min, uint8_t *q) {
+static inline float affine_round_sub(const affine_format *f, const float *x, float scale, float min, float q[32]) {
   const float inverse = reciprocal(scale);
-  float error = 0.0f;
-  for (int i = 0; i < f->size; i++) {
-    const float level = (float)(int)(clamp((x[i] + min) * inverse, 0.0f, f->levels) + 0.5f);
-    const float off = scale * level - min - x[i];
-    q[i] = (uint8_t)level;
-    error += off * off;
-  }
-  return error;
+  for (int i = 0; i < f->size; i++) q[i] = (float)(int)(clamp((x[i] + min) * inverse, 0.0f, f->levels) + 0.5f);
+  return squared_error(f->size, x, scale, min, q);
 }
 
 static void affine_round(const affine_format *f, const float *x, affine_block *b) {
   const float d = q3n_f16_to_f32(b->d), dmin = q3n_f16_to_f32(b->dmin);
+  float q[32];
   b->error = 0.0;
   for (int j = 0; j < 256 / f->size; j++) {
     const int at = f->size * j;
-    b->error += (double)affine_round_sub(f, x + at, d * (float)b->scale[j], dmin * (float)b->min[j], b->q + at);
+    b->error += (double)affine_round_sub(f, x + at, d * (float)b->scale[j], dmin * (float)b->min[j], q);
+    for (int i = 0; i < f->size; i++) b->q[at + i] = (uint8_t)q[i];
   }
 }
 
@@ -218,7 +244,7 @@ static void affine_refit(const affine_format *f, const float *x, affine_block *b
 /* Moves each sub-block's codes to the neighbours of least error: with few codes the nearest one is not the best. */
 static void affine_adjust(const affine_format *f, const float *x, affine_block *b) {
   const float d = q3n_f16_to_f32(b->d), dmin = q3n_f16_to_f32(b->dmin);
-  uint8_t q[32];
+  float q[32];
   for (int j = 0; j < 256 / f->size; j++) {
     const int at = f->size * j, scale = b->scale[j], min = b->min[j], codes = (int)f->codes;
     float least = affine_round_sub(f, x + at, d * (float)scale, dmin * (float)min, q);
@@ -234,23 +260,20 @@ static void affine_adjust(const affine_format *f, const float *x, affine_block *
 /* scale and min >= 0 so that scale q - min, q in 0..levels, is near x: each trial rounds to a stretched range, takes
    the least-squares line through what came out, and the line of least error wins. */
 static void affine_fit(const affine_format *f, const float *x, float lo, float hi, float *scale, float *min) {
-  const float levels = f->levels, n = (float)f->size;
+  const float levels = f->levels, n = (float)f->size, sum_x = sum(f->size, x);
   *scale = (hi - lo) / levels;
   *min = -lo;
   float least = INFINITY;
   for (int trial = 0; trial < K_TRIALS; trial++) {
     const float inverse = reciprocal((hi - lo) / trial_levels(levels, trial));
-    float q[32], sum_q = 0.0f, sum_qq = 0.0f, sum_x = 0.0f, sum_qx = 0.0f;
-    for (int i = 0; i < f->size; i++) {
-      q[i] = (float)(int)(clamp((x[i] - lo) * inverse, 0.0f, levels) + 0.5f);
-      sum_q += q[i], sum_qq += q[i] * q[i], sum_x += x[i], sum_qx += q[i] * x[i];
-    }
+    float q[32];
+    for (int i = 0; i < f->size; i++) q[i] = (float)(int)(clamp((x[i] - lo) * inverse, 0.0f, levels) + 0.5f);
+    const float sum_q = sum(f->size, q), sum_qq = dot(f->size, q, q), sum_qx = dot(f->size, q, x);
     const float det = n * sum_qq - sum_q * sum_q;
     if (!(det > 0.0f)) continue;
     float s = (n * sum_qx - sum_q * sum_x) / det, m = (sum_q * sum_qx - sum_qq * sum_x) / det;
     if (m < 0.0f) s = sum_qx / sum_qq, m = 0.0f;
-    float error = 0.0f;
-    for (int i = 0; i < f->size; i++) error += (s * q[i] - m - x[i]) * (s * q[i] - m - x[i]);
+    const float error = squared_error(f->size, x, s, m, q);
     if (s > 0.0f && error < least) least = error, *scale = s, *min = m;
   }
 }
@@ -355,34 +378,42 @@ typedef struct {
   double error;
 } linear_block;
 
-/* The level of IQ4 nearest to v: as many as there are midpoints below v. */
-static inline int iq4_nearest(float v) {
-  int q = 0;
-  for (int i = 0; i < 15; i++) q += v > 0.5f * (float)(q3n_iq4_levels[i] + q3n_iq4_levels[i + 1]);
-  return q;
-}
-
-static inline float nearest_level(const linear_format *f, float v) {
-  if (f->iq4) return (float)q3n_iq4_levels[iq4_nearest(v)];
-  return (float)(int)(clamp(v, -f->levels, f->levels - 1.0f) + f->levels + 0.5f) - f->levels;
-}
-
-static inline float linear_round_sub(const linear_format *f, const float *x, float scale, int8_t *level) {
-  const float inverse = reciprocal(scale);
-  float error = 0.0f;
-  for (int i = 0; i < f->size; i++) {
-    const float l = nearest_level(f, x[i] * inverse), off = scale * l - x[i];
-    level[i] = (int8_t)l;
-    error += off * off;
+/* The number of the IQ4 level nearest to 32 values: as many as there are midpoints below. A loop over the elements
+   inside, so that it vectorises. */
+static inline void iq4_nearest(const float v[32], int32_t q[32]) {
+  for (int i = 0; i < 32; i++) q[i] = 0;
+  for (int level = 0; level < 15; level++) {
+    const float midpoint = 0.5f * (float)(q3n_iq4_levels[level] + q3n_iq4_levels[level + 1]);
+    for (int i = 0; i < 32; i++) q[i] += v[i] > midpoint;
   }
-  return error;
+}
+
+/* The levels nearest to x / scale. */
+static inline void nearest_levels(const linear_format *f, const float *x, float inverse, float level[32]) {
+  if (f->iq4) {
+    int32_t q[32];
+    for (int i = 0; i < 32; i++) level[i] = x[i] * inverse;
+    iq4_nearest(level, q);
+    for (int i = 0; i < 32; i++) level[i] = (float)q3n_iq4_levels[q[i]];
+  } else {
+    for (int i = 0; i < f->size; i++)
+      level[i] = (float)(int)(clamp(x[i] * inverse, -f->levels, f->levels - 1.0f) + f->levels + 0.5f) - f->levels;
+  }
+}
+
+static inline float linear_round_sub(const linear_format *f, const float *x, float scale, float level[32]) {
+  nearest_levels(f, x, reciprocal(scale), level);
+  return squared_error(f->size, x, scale, 0.0f, level);
 }
 
 static void linear_round(const linear_format *f, const float *x, linear_block *b) {
   const float d = q3n_f16_to_f32(b->d);
+  float level[32];
   b->error = 0.0;
-  for (int j = 0; j < 256 / f->size; j++)
-    b->error += (double)linear_round_sub(f, x + f->size * j, d * (float)b->scale[j], b->level + f->size * j);
+  for (int j = 0; j < 256 / f->size; j++) {
+    b->error += (double)linear_round_sub(f, x + f->size * j, d * (float)b->scale[j], level);
+    for (int i = 0; i < f->size; i++) b->level[f->size * j + i] = (int8_t)level[i];
+  }
 }
 
 static void linear_store(const linear_format *f, const float *x, const float *scale, linear_block *b) {
@@ -406,7 +437,7 @@ static void linear_refit(const linear_format *f, const float *x, linear_block *b
 
 static void linear_adjust(const linear_format *f, const float *x, linear_block *b) {
   const float d = q3n_f16_to_f32(b->d);
-  int8_t level[32];
+  float level[32];
   for (int j = 0; j < 256 / f->size; j++) {
     const int scale = b->scale[j], codes = (int)f->codes;
     float least = INFINITY;
@@ -427,15 +458,12 @@ static float linear_fit(const linear_format *f, const float *x) {
     const float sign = trial < K_TRIALS ? -1.0f : 1.0f, stretch = f->iq4 ? 8.0f : 1.0f;
     const float steps = f->levels + stretch * (trial_levels(0.0f, trial % K_TRIALS));
     const float inverse = reciprocal(sign * most / steps);
-    float sum_ll = 0.0f, sum_lx = 0.0f, level[32];
-    for (int i = 0; i < f->size; i++) {
-      level[i] = nearest_level(f, x[i] * inverse);
-      sum_ll += level[i] * level[i], sum_lx += level[i] * x[i];
-    }
+    float level[32];
+    nearest_levels(f, x, inverse, level);
+    const float sum_ll = dot(f->size, level, level), sum_lx = dot(f->size, level, x);
     if (!(sum_ll > 0.0f)) continue;
     const float scale = sum_lx / sum_ll;
-    float error = 0.0f;
-    for (int i = 0; i < f->size; i++) error += (scale * level[i] - x[i]) * (scale * level[i] - x[i]);
+    const float error = squared_error(f->size, x, scale, 0.0f, level);
     if (error < least) least = error, best = scale;
   }
   return best;
@@ -498,6 +526,13 @@ static void to_q3_k(const float *x, q3n_block_q3_k *b) {
   }
 }
 
+/* Levels as nibbles. */
+static void pack_iq4(const float level[32], uint8_t to[16]) {
+  int32_t q[32];
+  iq4_nearest(level, q);
+  for (int i = 0; i < 16; i++) to[i] = (uint8_t)(q[i] | q[16 + i] << 4);
+}
+
 static void to_iq4_xs(const float *x, q3n_block_iq4_xs *b) {
   const linear_block from = linear(&iq4_xs_format, x);
   memset(b, 0, sizeof *b);
@@ -509,41 +544,38 @@ static void to_iq4_xs(const float *x, q3n_block_iq4_xs *b) {
     high |= scale >> 4 << 2 * j;
   }
   q3n_store_u16(b->scales_high, (uint16_t)high);
-  for (int i = 0; i < 256; i++)
-    b->q[i / 32 * 16 + i % 16] |= (uint8_t)(iq4_nearest((float)from.level[i]) << i % 32 / 16 * 4);
+  float level[256];
+  for (int i = 0; i < 256; i++) level[i] = (float)from.level[i];
+  for (int j = 0; j < 8; j++) pack_iq4(level + 32 * j, b->q + 16 * j);
 }
 
-/* The f16 scale of least squared error: the candidates put the largest element at each of the levels, and those are
-   refitted. */
+/* The f16 scale of least squared error. The candidates put the largest element at each of the levels (so that what
+   was decoded is found again) or near the outermost ones, and are refitted while that helps. */
 static void to_iq4_nl(const float *x, q3n_block_iq4_nl *b) {
   const float most = extreme(x, 32);
   memset(b, 0, sizeof *b);
-  if (most != most || fabsf(most) > 127.0f * 65504.0f) {
+  if (!(fabsf(most) < k_largest)) {
     q3n_store_u16(b->d, nan_f16);
     return;
   }
-  int8_t level[32], best[32];
-  memset(best, 0, sizeof best);
-  const linear_format f = iq4_xs_format;
-  float least = INFINITY;
-  uint16_t d = 0;
-  for (int start = 0; start < 2 * 16 + 1; start++) {
-    float scale = most / (float)(start < 16 ? q3n_iq4_levels[start] : 1);
-    if (start >= 16) scale = most / (-135.0f + (float)(start - 16));
-    for (int refit = 0; refit < 3; refit++) {
+  float best[32] = {0}, least = INFINITY;
+  uint16_t d = most == 0.0f ? 0 : nan_f16;
+  for (int trial = 0; trial < 32; trial++) {
+    const float near = 108.0f + 4.0f * (float)((trial - 16) / 2);
+    float scale = most / (trial < 16 ? (float)q3n_iq4_levels[trial] : trial % 2 ? near : -near);
+    for (int refit = 0; refit < 2; refit++) {
       const uint16_t stored = q3n_f32_to_f16(scale);
-      const float error = linear_round_sub(&f, x, q3n_f16_to_f32(stored), level);
-      if (error < least) {
-        least = error, d = stored;
-        memcpy(best, level, sizeof best);
-      }
-      float ll = 0.0f, lx = 0.0f;
-      for (int i = 0; i < 32; i++) ll += (float)(level[i] * level[i]), lx += (float)level[i] * x[i];
-      scale = lx / ll;
+      float level[32];
+      const float error = linear_round_sub(&iq4_xs_format, x, q3n_f16_to_f32(stored), level);
+      if (!(error < least)) break;
+      least = error, d = stored;
+      memcpy(best, level, sizeof best);
+      const float squares = dot(32, level, level);
+      scale = dot(32, level, x) / squares;
     }
   }
   q3n_store_u16(b->d, d);
-  for (int i = 0; i < 16; i++) b->q[i] = (uint8_t)(iq4_nearest(best[i]) | iq4_nearest(best[16 + i]) << 4);
+  pack_iq4(best, b->q);
 }
 
 q3n_status q3n_quantize_scalar(const q3n_quantize_args *a, int64_t begin, int64_t end, void *scratch) {

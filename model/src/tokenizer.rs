@@ -322,8 +322,7 @@ impl Tokenizer {
     /// Refused where its pre-tokenizer is not Qwen2's, which GGUF can only name.
     pub(crate) fn gguf_keys(&self, path: &Path) -> Result<Vec<(&'static str, Put)>, Error> {
         let bad = |why: String| Error::format(path, why);
-        let file: Json =
-            serde_json::from_str(&read_text(path, MAX_JSON)?).map_err(|e| bad(shown(&e.to_string())))?;
+        let file: Json = serde_json::from_str(&read_text(path, MAX_JSON)?).map_err(|e| bad(shown(&e.to_string())))?;
         let steps = file.pre_tokenizer.get("pretokenizers").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
         let is_qwen2 = match steps {
             [split, level] => {
@@ -341,7 +340,8 @@ impl Tokenizer {
         let mut tokens: Vec<String> = (0..self.vocab).map(|id| format!("[PAD{id}]")).collect();
         let mut types = vec![UNUSED as i32; self.vocab];
         let normal = file.model.vocab.iter().map(|(token, &id)| (id, token, NORMAL));
-        let added = file.added_tokens.iter().map(|t| (t.id, &t.content, if t.special { CONTROL } else { USER_DEFINED }));
+        let added =
+            file.added_tokens.iter().map(|t| (t.id, &t.content, if t.special { CONTROL } else { USER_DEFINED }));
         for (id, token, kind) in normal.chain(added) {
             if let (Some(to), Some(of)) = (tokens.get_mut(id as usize), types.get_mut(id as usize)) {
                 (*to, *of) = (token.clone(), kind as i32);
