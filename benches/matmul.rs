@@ -26,7 +26,7 @@ fn bench(c: &mut Criterion) {
                     b.iter(|| {
                         let args = matmul::Args {
                             y: ViewMut::new(&mut y, [m, 2048]).expect("packed"),
-                            x: View::new(&inputs.x, [m, 2048]).expect("packed"),
+                            x: View::new(&inputs.x, [m, 2048]).expect("packed").into(),
                             w: Weight::new(&inputs.w, dtype.dtype(), [2048, 2048]).expect("packed"),
                         };
                         matmul::run(args, &exec).expect("just verified");

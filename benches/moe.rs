@@ -36,13 +36,13 @@ fn bench(c: &mut Criterion) {
             let inputs = Inputs::generate(&case, SEED);
             let routing =
                 Routing::from_ids(e, top_k, inputs.ids.clone(), inputs.weights.clone()).expect("ids in range");
-            let (mut y, mut h) = (vec![0f32; t * d], Vec::new());
+            let (mut y, mut h) = (vec![0f32; t * d], moe::Hidden::default());
             group.bench_function(BenchmarkId::new("feed_forward", dtype), |b| {
                 b.iter(|| {
                     let weight = |data, shape| Weight::new(data, dtype.dtype(), shape).expect("packed");
                     let args = moe::Args {
                         y: ViewMut::new(&mut y, [t, d]).expect("packed"),
-                        x: View::new(&inputs.x, [t, d]).expect("packed"),
+                        x: View::new(&inputs.x, [t, d]).expect("packed").into(),
                         gate: weight(&inputs.gate, [e, f, d]),
                         up: weight(&inputs.up, [e, f, d]),
                         down: weight(&inputs.down, [e, d, f]),

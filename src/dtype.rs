@@ -41,7 +41,12 @@ impl DType {
     /// 32 4-bit floats (e2m1) with one scale that is a power of two.
     pub const MXFP4: DType = DType(ffi::Q3N_MXFP4);
 
-    /// Every supported type that a file may hold.
+    /// Activations quantised at run time, 32 with one f32 scale. Never in files.
+    pub const Q8_X32: DType = DType(ffi::Q3N_Q8_X32);
+    /// Activations quantised at run time, 256 with one f32 scale. Never in files.
+    pub const Q8_X256: DType = DType(ffi::Q3N_Q8_X256);
+
+    /// Every supported type of files.
     pub const ALL: [DType; 16] = [
         DType::F32,
         DType::F16,
@@ -76,7 +81,29 @@ impl DType {
         self.0
     }
 
-    /// `f32`, `q4_k`, ...
+    /// What activations that meet weights of this type are quantised to; F32 for plain types.
+    pub fn activations(self) -> DType {
+        // SAFETY: takes a value, reads a table.
+        DType(unsafe { ffi::q3n_dtype_activations(self.0) })
+    }
+
+    /// The type with every 16 rows interleaved (`csrc/quant/repack.h`); `None` for plain types.
+    pub fn interleaved(self) -> Option<DType> {
+        let dtype = DType(self.0 | ffi::Q3N_R16);
+        (dtype.block() > 0).then_some(dtype)
+    }
+
+    /// Rows lie interleaved in groups of 16.
+    pub fn is_interleaved(self) -> bool {
+        self.0 & ffi::Q3N_R16 != 0
+    }
+
+    /// The type with rows one after the other.
+    pub fn rows(self) -> DType {
+        DType(self.0 & !ffi::Q3N_R16)
+    }
+
+    /// `f32`, `q4_k`, `q4_k_r16`, ...
     pub fn name(self) -> &'static str {
         // SAFETY: q3n_dtype_name returns a static ASCII string for every value.
         unsafe { std::ffi::CStr::from_ptr(ffi::q3n_dtype_name(self.0)) }.to_str().unwrap_or("")

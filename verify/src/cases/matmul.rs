@@ -84,7 +84,7 @@ pub fn multiply(exec: &Exec<matmul::Op>, case: &Case, inputs: &Inputs) -> Result
     let x = Input::new(&inputs.x, [case.m, case.k()], case.layout);
     let w = Blocks::new(&inputs.w, case.dtype.dtype(), [case.n, case.k()], case.layout);
     let mut y = Output::new([case.m, case.n], case.layout);
-    matmul::run(matmul::Args { y: y.view(), x: x.view(), w: w.view() }, exec)?;
+    matmul::run(matmul::Args { y: y.view(), x: x.view().into(), w: w.view() }, exec)?;
     y.read("y")
 }
 

@@ -469,7 +469,7 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     let (guard, after) = zones(64);
     let len = inputs.ids.len() * f;
     let mut h = Guarded::filled(guard + len + after, f32::from_bits(POISON));
-    let args = up::Args { h: &mut h[guard..guard + len], x: x.view(), gate, up, routing: &routing };
+    let args = up::Args { h: &mut h[guard..guard + len], x: x.view().into(), gate, up, routing: &routing };
     up::run(args, &execs.up)?;
     if let Some(i) = h[guard..guard + len].iter().position(|v| v.to_bits() == POISON) {
         return Err(Failure::new(format!("h: element {i} was left unwritten")));
@@ -479,7 +479,7 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     }
     let h = Guarded::of(&h[guard..guard + len]);
     let accumulate = inputs.start.is_some();
-    down::run(down::Args { y: y.view(), h: &h, down: down.view(), routing: &routing, accumulate }, &execs.down)?;
+    down::run(down::Args { y: y.view(), h: View::new(&h, [inputs.ids.len(), f])?.into(), down: down.view(), routing: &routing, accumulate }, &execs.down)?;
     Ok((h.to_vec(), y.read("y")?))
 }
 
@@ -612,13 +612,13 @@ fn merged(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     let mut y = Output::new([t, d], case.layout);
     let args = moe::Args {
         y: y.view(),
-        x: x.view(),
+        x: x.view().into(),
         gate: Weight::new(&inputs.gate, case.up_type.dtype(), [e, f, d])?,
         up: Weight::new(&inputs.up, case.up_type.dtype(), [e, f, d])?,
         down: Weight::new(&inputs.down, case.down_type.dtype(), [e, d, f])?,
         routing: &routing,
         accumulate: false,
-        h: &mut vec![f32::NAN; 3],
+        h: &mut moe::Hidden::default(),
     };
     moe::run(args, execs)?;
     bitwise("both steps in one call", &y.read("y")?, &split)?;
@@ -716,18 +716,18 @@ fn router_rows_permuted(execs: &Execs, case: &Case, seed: u64) -> Outcome {
         let x = Input::new(&inputs.x, [t, d], case.layout);
         let mut logits = vec![f32::NAN; t * e];
         let w = Weight::new(&router, DType::F32, [e, d])?;
-        matmul::run(matmul::Args { y: ViewMut::new(&mut logits, [t, e])?, x: x.view(), w }, &Exec::default())?;
+        matmul::run(matmul::Args { y: ViewMut::new(&mut logits, [t, e])?, x: x.view().into(), w }, &Exec::default())?;
         let routing = Routing::route(View::new(&logits, [t, e])?, case.top_k, true, &Exec::default())?;
         let mut y = Output::new([t, d], case.layout);
         let args = moe::Args {
             y: y.view(),
-            x: x.view(),
+            x: x.view().into(),
             gate: Weight::new(&gate, case.up_type.dtype(), [e, f, d])?,
             up: Weight::new(&up, case.up_type.dtype(), [e, f, d])?,
             down: Weight::new(&down, case.down_type.dtype(), [e, d, f])?,
             routing: &routing,
             accumulate: false,
-            h: &mut Vec::new(),
+            h: &mut moe::Hidden::default(),
         };
         moe::run(args, execs)?;
         y.read("y")
