@@ -61,10 +61,11 @@ impl fmt::Debug for Tensor {
 
 /// Bytes that the address of a type's first element must divide by.
 pub(crate) fn alignment(dtype: DType) -> usize {
-    if dtype == DType::F32 {
-        4
-    } else {
-        2
+    match dtype {
+        DType::F32 => 4,
+        DType::F16 | DType::BF16 => 2,
+        // Kernels read blocks byte by byte.
+        _ => 1,
     }
 }
 

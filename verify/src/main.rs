@@ -36,6 +36,8 @@ enum Command {
     Perplexity(cli::perplexity::Args),
     /// What is in a model.
     Inspect(cli::inspect::Args),
+    /// Write a model with its matrices in another type.
+    Quantize(cli::quantize::Args),
     /// Write a model of the real layer shapes with random weights.
     Synth(cli::synth::Args),
 }
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Some(Command::Logits(args)) => cli::logits::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),
+        Some(Command::Quantize(args)) => cli::quantize::run(args),
         Some(Command::Synth(args)) => cli::synth::run(args),
     };
     match done {

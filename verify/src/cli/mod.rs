@@ -14,6 +14,7 @@ pub mod npy;
 pub mod perplexity;
 pub mod plot;
 pub mod plugin;
+pub mod quantize;
 pub mod run_model;
 pub mod spelling;
 pub mod sweep;
