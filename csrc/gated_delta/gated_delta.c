@@ -156,6 +156,7 @@ static const struct {
   const char *name;
 } choice[] = {
     {INT64_MAX, "recurrent_avx512"},
+    {INT64_MAX, "recurrent_neon"}, /* by its count of instructions, not by a measurement */
     {32, "recurrent_scalar"},
     {INT64_MAX, "chunked16_scalar"},
 };
