@@ -60,30 +60,29 @@ static const float *cache_rows(const void *cache, q3n_dtype dtype, int64_t offse
   return block;
 }
 
-/* Products of two queries and four keys, added to even or odd sums. */
-static inline void add_products(float32x4_t sum[2][4][2], int p, const float32x4_t q[2], const float32x4_t k[4]) {
+/* Products of two queries and four keys from d on, added to even or odd sums. */
+static inline void add_products(float32x4_t sum[2][4][2], int p, const float *const query[2], const float *const key[4],
+                                int64_t d, int64_t D) {
+  float32x4_t q[2], k[4];
+  for (int i = 0; i < 2; i++) q[i] = q3n_load_upto(query[i], d, D);
+  for (int j = 0; j < 4; j++) k[j] = q3n_load_upto(key[j], d, D);
   for (int i = 0; i < 2; i++)
     for (int j = 0; j < 4; j++) sum[i][j][p] = vfmaq_f32(sum[i][j][p], q[i], k[j]);
 }
 
 /* q . k of two queries and four keys: eight partial sums each, the same for every place in the tile. */
 static inline void dots(const float *const query[2], const float *const key[4], int64_t D, float32x4_t score[2]) {
-  float32x4_t sum[2][4][2], q[2], k[4];
+  float32x4_t sum[2][4][2];
   for (int i = 0; i < 2; i++)
     for (int j = 0; j < 4; j++)
       for (int p = 0; p < 2; p++) sum[i][j][p] = vdupq_n_f32(0.0f);
   int64_t d = 0;
-  for (; d + 8 <= D; d += 8)
-    for (int p = 0; p < 2; p++) {
-      for (int i = 0; i < 2; i++) q[i] = vld1q_f32(query[i] + d + 4 * p);
-      for (int j = 0; j < 4; j++) k[j] = vld1q_f32(key[j] + d + 4 * p);
-      add_products(sum, p, q, k);
-    }
-  for (int p = 0; d < D; d += 4, p++) {
-    for (int i = 0; i < 2; i++) q[i] = q3n_load_upto(query[i], d, D);
-    for (int j = 0; j < 4; j++) k[j] = q3n_load_upto(key[j], d, D);
-    add_products(sum, p, q, k);
+  for (; d + 8 <= D; d += 8) {
+    add_products(sum, 0, query, key, d, d + 4);
+    add_products(sum, 1, query, key, d + 4, d + 8);
   }
+  if (d < D) add_products(sum, 0, query, key, d, D);
+  if (d + 4 < D) add_products(sum, 1, query, key, d + 4, D);
   for (int i = 0; i < 2; i++)
     score[i] = q3n_sum4x4(vaddq_f32(sum[i][0][0], sum[i][0][1]), vaddq_f32(sum[i][1][0], sum[i][1][1]),
                           vaddq_f32(sum[i][2][0], sum[i][2][1]), vaddq_f32(sum[i][3][0], sum[i][3][1]));

@@ -1,5 +1,6 @@
 /* Frequencies once a call, sines and cosines once a token, as in rope_scalar.c; then four pairs of a head at a time. */
 #include <math.h>
+#include <string.h>
 
 #include "../base/check.h"
 #include "../simd/neon.h"

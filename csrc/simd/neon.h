@@ -4,20 +4,21 @@
 
 #include <arm_neon.h>
 #include <stdint.h>
-#include <string.h>
 
-/* The first n of four elements, n < 4, the others 0; nothing past them is read. */
+/* The first n of four elements, 0 < n < 4, the others 0; nothing past them is read. By lanes: a call in a loop would take
+   its constants out of the registers. */
 static inline float32x4_t q3n_load_first(const float *x, int64_t n) {
-  float part[4] = {0.0f};
-  memcpy(part, x, (size_t)n * sizeof *part);
-  return vld1q_f32(part);
+  float32x4_t v = vld1q_lane_f32(x, vdupq_n_f32(0.0f), 0);
+  if (n > 1) v = vld1q_lane_f32(x + 1, v, 1);
+  if (n > 2) v = vld1q_lane_f32(x + 2, v, 2);
+  return v;
 }
 
-/* Stores the first n of four elements, n < 4. */
+/* Stores the first n of four elements, 0 < n < 4. */
 static inline void q3n_store_first(float *y, int64_t n, float32x4_t x) {
-  float part[4];
-  vst1q_f32(part, x);
-  memcpy(y, part, (size_t)n * sizeof *part);
+  vst1q_lane_f32(y, x, 0);
+  if (n > 1) vst1q_lane_f32(y + 1, x, 1);
+  if (n > 2) vst1q_lane_f32(y + 2, x, 2);
 }
 
 /* Four elements, or those that are left of n from i on. */

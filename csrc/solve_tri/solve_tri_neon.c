@@ -1,12 +1,15 @@
 /* Forward substitution, four rows at a time over sixteen columns: sixteen sums stay in registers while every finished
    row of X passes once. An element's sum takes the finished rows from the first on, whatever the blocking. */
+#include <string.h>
+
 #include "../base/check.h"
 #include "../simd/neon.h"
 #include "solve_tri_block.h"
 
 q3n_status q3n_solve_tri_neon(const q3n_solve_tri_args *a, int64_t begin, int64_t end, void *scratch);
 
-enum { COLUMNS = Q3N_SOLVE_TRI_COLUMNS, VECTORS = COLUMNS / 4, ROWS = 4, MAX_N = 256 };
+enum { COLUMNS = Q3N_SOLVE_TRI_COLUMNS, ROWS = 4, MAX_N = 256 };
+_Static_assert(COLUMNS == 16, "row16 holds a row of the block");
 
 /* One item: `width` columns from `first` on of a batch entry. x is [n][row]. */
 typedef struct {
@@ -16,69 +19,80 @@ typedef struct {
   int64_t x_row, first, width;
 } block;
 
+/* A row of the block, by value: it stays in registers. */
+typedef struct {
+  float32x4_t a, b, c, d;
+} row16;
+
+static inline row16 load16(const float *x) {
+  return (row16){vld1q_f32(x), vld1q_f32(x + 4), vld1q_f32(x + 8), vld1q_f32(x + 12)};
+}
+
 /* Row i of the right-hand side, columns past `width` 0. */
-static inline void load_row(const block *s, int64_t i, float32x4_t acc[VECTORS]) {
+static inline row16 right_side(const block *s, int64_t i) {
+  if (s->b && s->width == COLUMNS) return load16(s->b + i * s->a->b_row);
   float row[COLUMNS] = {0.0f};
-  if (!s->b)
-    for (int64_t c = 0; c < COLUMNS; c++) row[c] = s->first + c == i ? 1.0f : 0.0f;
-  else if (s->width < COLUMNS)
+  if (s->b)
     memcpy(row, s->b + i * s->a->b_row, (size_t)s->width * sizeof *row);
-  const float *from = s->b && s->width == COLUMNS ? s->b + i * s->a->b_row : row;
-  for (int v = 0; v < VECTORS; v++) acc[v] = vld1q_f32(from + 4 * v);
+  else if (i >= s->first && i < s->first + COLUMNS)
+    row[i - s->first] = 1.0f;
+  return load16(row);
 }
 
-/* acc - l x_j over the vectors of row j. */
-static inline void subtract(float32x4_t acc[VECTORS], float l, const float32x4_t x[VECTORS]) {
-  for (int v = 0; v < VECTORS; v++) acc[v] = vfmsq_n_f32(acc[v], x[v], l);
+/* sum - l x. */
+static inline row16 subtract(row16 sum, float l, row16 x) {
+  return (row16){vfmsq_n_f32(sum.a, x.a, l), vfmsq_n_f32(sum.b, x.b, l), vfmsq_n_f32(sum.c, x.c, l),
+                 vfmsq_n_f32(sum.d, x.d, l)};
 }
 
-/* The division, and the store. */
-static inline void finish_row(const block *s, int64_t i, float32x4_t acc[VECTORS]) {
-  const float *l = s->l + i * s->a->l_row;
-  if (!s->a->unit_diagonal)
-    for (int v = 0; v < VECTORS; v++) acc[v] = vdivq_f32(acc[v], vdupq_n_f32(l[i]));
-  /* The inverse is lower triangular: above the diagonal 0 * inf must not become NaN. */
-  if (!s->b) {
-    static const int32_t lane[4] = {0, 1, 2, 3};
-    for (int v = 0; v < VECTORS; v++) {
-      const int32x4_t column = vaddq_s32(vld1q_s32(lane), vdupq_n_s32((int32_t)s->first + 4 * v));
-      const uint32x4_t below = vcleq_s32(column, vdupq_n_s32((int32_t)i));
-      acc[v] = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(acc[v]), below));
-    }
+/* Zeros right of column i. */
+static inline float32x4_t until(float32x4_t x, int64_t first, int64_t i) {
+  static const int32_t lane[4] = {0, 1, 2, 3};
+  const int32x4_t column = vaddq_s32(vld1q_s32(lane), vdupq_n_s32((int32_t)first));
+  return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vcleq_s32(column, vdupq_n_s32((int32_t)i))));
+}
+
+/* The division, and the store; returns row i of X. */
+static inline row16 finish(const block *s, int64_t i, row16 x) {
+  if (!s->a->unit_diagonal) {
+    const float32x4_t l = vdupq_n_f32(s->l[i * s->a->l_row + i]);
+    x = (row16){vdivq_f32(x.a, l), vdivq_f32(x.b, l), vdivq_f32(x.c, l), vdivq_f32(x.d, l)};
   }
-  for (int v = 0; v < VECTORS; v++) vst1q_f32(s->x + i * s->x_row + 4 * v, acc[v]);
+  /* The inverse is lower triangular: above the diagonal 0 * inf must not become NaN. */
+  if (!s->b)
+    x = (row16){until(x.a, s->first, i), until(x.b, s->first + 4, i), until(x.c, s->first + 8, i),
+                until(x.d, s->first + 12, i)};
+  float *to = s->x + i * s->x_row;
+  vst1q_f32(to, x.a);
+  vst1q_f32(to + 4, x.b);
+  vst1q_f32(to + 8, x.c);
+  vst1q_f32(to + 12, x.d);
+  return x;
 }
 
-static inline void load_x(const block *s, int64_t j, float32x4_t x[VECTORS]) {
-  for (int v = 0; v < VECTORS; v++) x[v] = vld1q_f32(s->x + j * s->x_row + 4 * v);
-}
-
-/* Rows i .. i + 3, i a multiple of 4. */
+/* Rows i .. i + 3. */
 static void four_rows(const block *s, int64_t i) {
   const int64_t l_row = s->a->l_row;
-  const float *l = s->l + i * l_row;
-  float32x4_t acc[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; r++) load_row(s, i + r, acc[r]);
+  const float *l0 = s->l + i * l_row, *l1 = l0 + l_row, *l2 = l1 + l_row, *l3 = l2 + l_row;
+  row16 x0 = right_side(s, i), x1 = right_side(s, i + 1), x2 = right_side(s, i + 2), x3 = right_side(s, i + 3);
   for (int64_t j = 0; j < i; j++) {
-    float32x4_t x[VECTORS];
-    load_x(s, j, x);
-    for (int r = 0; r < ROWS; r++) subtract(acc[r], l[r * l_row + j], x);
+    const row16 x = load16(s->x + j * s->x_row);
+    x0 = subtract(x0, l0[j], x);
+    x1 = subtract(x1, l1[j], x);
+    x2 = subtract(x2, l2[j], x);
+    x3 = subtract(x3, l3[j], x);
   }
-  for (int r = 0; r < ROWS; r++) {
-    for (int q = 0; q < r; q++) subtract(acc[r], l[r * l_row + i + q], acc[q]);
-    finish_row(s, i + r, acc[r]);
-  }
+  x0 = finish(s, i, x0);
+  x1 = finish(s, i + 1, subtract(x1, l1[i], x0));
+  x2 = finish(s, i + 2, subtract(subtract(x2, l2[i], x0), l2[i + 1], x1));
+  finish(s, i + 3, subtract(subtract(subtract(x3, l3[i], x0), l3[i + 1], x1), l3[i + 2], x2));
 }
 
 /* One of the up to three rows that are left. */
 static void one_row(const block *s, int64_t i) {
-  float32x4_t acc[VECTORS], x[VECTORS];
-  load_row(s, i, acc);
-  for (int64_t j = 0; j < i; j++) {
-    load_x(s, j, x);
-    subtract(acc, s->l[i * s->a->l_row + j], x);
-  }
-  finish_row(s, i, acc);
+  row16 x = right_side(s, i);
+  for (int64_t j = 0; j < i; j++) x = subtract(x, s->l[i * s->a->l_row + j], load16(s->x + j * s->x_row));
+  finish(s, i, x);
 }
 
 q3n_status q3n_solve_tri_neon(const q3n_solve_tri_args *a, int64_t begin, int64_t end, void *scratch) {
