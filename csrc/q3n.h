@@ -21,7 +21,9 @@ extern "C" {
 #include "matmul/matmul.h"
 #include "moe/moe.h"
 #include "norm/norm.h"
+#include "quant/activations.h"
 #include "quant/quant.h"
+#include "quant/repack.h"
 #include "rope/rope.h"
 #include "solve_tri/solve_tri.h"
 

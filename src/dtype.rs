@@ -25,7 +25,12 @@ impl DType {
     /// 256 6-bit values with 8-bit scales.
     pub const Q6_K: DType = DType(ffi::Q3N_Q6_K);
 
-    /// Every supported type.
+    /// Activations quantised at run time, 32 with one f32 scale. Never in files.
+    pub const Q8_X32: DType = DType(ffi::Q3N_Q8_X32);
+    /// Activations quantised at run time, 256 with one f32 scale. Never in files.
+    pub const Q8_X256: DType = DType(ffi::Q3N_Q8_X256);
+
+    /// Every supported type of files.
     pub const ALL: [DType; 8] =
         [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_K, DType::Q5_K, DType::Q6_K];
 
@@ -44,7 +49,29 @@ impl DType {
         self.0
     }
 
-    /// `f32`, `q4_k`, ...
+    /// What activations that meet weights of this type are quantised to; F32 for plain types.
+    pub fn activations(self) -> DType {
+        // SAFETY: takes a value, reads a table.
+        DType(unsafe { ffi::q3n_dtype_activations(self.0) })
+    }
+
+    /// The type with every 16 rows interleaved (`csrc/quant/repack.h`); `None` for plain types.
+    pub fn interleaved(self) -> Option<DType> {
+        let dtype = DType(self.0 | ffi::Q3N_R16);
+        (dtype.block() > 0).then_some(dtype)
+    }
+
+    /// Rows lie interleaved in groups of 16.
+    pub fn is_interleaved(self) -> bool {
+        self.0 & ffi::Q3N_R16 != 0
+    }
+
+    /// The type with rows one after the other.
+    pub fn rows(self) -> DType {
+        DType(self.0 & !ffi::Q3N_R16)
+    }
+
+    /// `f32`, `q4_k`, `q4_k_r16`, ...
     pub fn name(self) -> &'static str {
         // SAFETY: q3n_dtype_name returns a static ASCII string for every value.
         unsafe { std::ffi::CStr::from_ptr(ffi::q3n_dtype_name(self.0)) }.to_str().unwrap_or("")

@@ -5,6 +5,7 @@
 
 #include "../base/dtype.h"
 #include "../base/half.h"
+#include "q8_activations.h"
 
 typedef struct q3n_block_q8_0 {
   uint8_t d[2];  /* f16 scale */
@@ -94,6 +95,17 @@ static inline void q3n_q6_k_to_float(const q3n_block_q6_k *b, float *restrict y)
   }
 }
 
+/* Activations lie 4-byte aligned. */
+static inline void q3n_q8_x32_to_float(const void *src, float *restrict y, int64_t n) {
+  const q3n_block_q8_x32 *b = (const q3n_block_q8_x32 *)src;
+  for (int64_t i = 0; i < n; i++) y[i] = b[i / 32].d * (float)b[i / 32].q[i % 32];
+}
+
+static inline void q3n_q8_x256_to_float(const void *src, float *restrict y, int64_t n) {
+  const q3n_block_q8_x256 *b = (const q3n_block_q8_x256 *)src;
+  for (int64_t i = 0; i < n; i++) y[i] = b[i / 256].d * (float)b[i / 256].q[i % 256];
+}
+
 /* n elements of dtype from src (any address) to f32; n a multiple of the dtype's block. */
 static inline void q3n_row_to_float(q3n_dtype dtype, const void *src, float *restrict y, int64_t n) {
   const uint8_t *p = (const uint8_t *)src;
@@ -120,6 +132,8 @@ static inline void q3n_row_to_float(q3n_dtype dtype, const void *src, float *res
     case Q3N_Q6_K:
       for (int64_t i = 0; i < n / 256; i++) q3n_q6_k_to_float((const q3n_block_q6_k *)src + i, y + 256 * i);
       return;
+    case Q3N_Q8_X32: q3n_q8_x32_to_float(src, y, n); return;
+    case Q3N_Q8_X256: q3n_q8_x256_to_float(src, y, n); return;
   }
 }
 

@@ -326,6 +326,8 @@ q3n_status q3n_quantize_scalar(const q3n_quantize_args *a, int64_t begin, int64_
         case Q3N_Q4_K: to_q4_k(x, (q3n_block_q4_k *)y); break;
         case Q3N_Q5_K: to_q5_k(x, (q3n_block_q5_k *)y); break;
         case Q3N_Q6_K: to_q6_k(x, (q3n_block_q6_k *)y); break;
+        case Q3N_Q8_X32:
+        case Q3N_Q8_X256: break; /* refused by the check */
       }
   }
   return Q3N_OK;

@@ -22,4 +22,28 @@ static inline __m128 q3n_sum4x16(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_hadd_ps(_mm_hadd_ps(y[0], y[1]), _mm_hadd_ps(y[2], y[3]));
 }
 
+/* e^x to within 2 ulp; NaN stays NaN, below -104 it is 0 and above 89 infinite. */
+static inline __m512 q3n_exp16(__m512 x) {
+  /* the bounds come first: min and max return their second operand where one is NaN */
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)), 0);
+  /* ln 2 in two parts: the first has trailing zeros, so n times it is exact */
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
+  __m512 p = _mm512_set1_ps(0x1.6c16c2p-10f); /* 1/720 ... */
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.111112p-7f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.555556p-5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.555556p-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+/* x / (1 + e^-x). */
+static inline __m512 q3n_silu16(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(x, _mm512_add_ps(one, q3n_exp16(_mm512_xor_ps(x, _mm512_set1_ps(-0.0f)))));
+}
+
 #endif
