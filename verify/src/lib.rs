@@ -5,7 +5,8 @@
 //! arrays, [`guard`] puts them against inaccessible memory, [`suite`] runs it all and prints reproducers, [`current`] does
 //! so where a kernel kills the process, [`timing`] measures variants side by side, on the calls of [`timed`] and under the
 //! roofs that [`peaks`] finds, [`drift`] follows the delta rule's error over long sequences, [`mutants`] holds the bugs that
-//! the suites must notice, [`plugin`] loads variants from shared libraries, [`report`] writes JSON and HTML.
+//! the suites must notice, [`plugin`] loads variants from shared libraries, [`report`] writes JSON and HTML, `record` writes cases
+//! for machines without Rust.
 
 pub mod buffer;
 pub mod cases;
@@ -16,6 +17,7 @@ pub mod guard;
 pub mod mutants;
 pub mod peaks;
 pub mod plugin;
+mod record;
 pub mod reference;
 pub mod report;
 pub mod suite;

@@ -4,6 +4,7 @@ use crate::buffer::{zones, Input, Layout, Output, POISON};
 use crate::cases::quant::{Blocks, Type, NAN_BYTE};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32, U32};
 use crate::guard::Guarded;
+use crate::record;
 use crate::reference::{moe as reference, quant};
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
@@ -448,6 +449,9 @@ impl Inputs {
 fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f32>), Failure> {
     let (t, e, d, f) = (case.t, case.e, case.d(), case.f());
     let routing = Routing::from_ids(e, case.top_k, inputs.ids.clone(), inputs.weights.clone())?;
+    record::lend(routing.order());
+    record::lend(routing.offsets());
+    record::lend(routing.weights().unwrap_or_default());
     let up_type = case.up_type.dtype();
     let x = Input::new(&inputs.x, [t, d], case.layout);
     let down = Blocks::new(&inputs.down, case.down_type.dtype(), [e, d, f], case.layout);
