@@ -44,7 +44,7 @@ def to_f32(source, target):
 def ours(binary, model, text, ctx, work):
     """Logits of positions 0 .. ctx - 2 of every window, [positions, vocab]."""
     out = work / "ours.npy"
-    subprocess.run([binary, "perplexity", "-m", model, "-f", text, "-c", str(ctx), "--all-positions",
+    subprocess.run([binary, "perplexity", "-m", model, "--activations", "q8", "-f", text, "-c", str(ctx), "--all-positions",
                     "--save-logits", out], check=True, stdout=subprocess.DEVNULL)
     return np.load(out)
 
