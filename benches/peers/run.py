@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""This project, ik_llama.cpp and llama.cpp side by side on this CPU: the model's speeds on a slice of the real layer shapes,
-the operators, and the bars the project set itself.
+"""This project, ik_llama.cpp and llama.cpp side by side on this CPU: the model's speeds on a slice of the real layer
+shapes, the operators, and the bars the project set itself.
 
     python3 benches/peers/run.py
-        the peers come from PyPI into a throw-away environment: llama-cpp-python is compiled for this CPU, ik-llama-cpp-python
-        comes compiled for any CPU with AVX2
+        the peers come from PyPI into a throw-away environment: llama-cpp-python is compiled for this CPU,
+        ik-llama-cpp-python comes compiled for any CPU with AVX2
     python3 benches/peers/run.py --llama BUILD --ik BUILD
         builds of both that have llama-bench and the libggml libraries, compiled for this CPU: the fairer comparison
 
@@ -42,7 +42,8 @@ CASES = [
     *({"op": "causal_conv", "shape": "8192x4", "dtype": "f32", "tokens": t} for t in (1, 512)),
     *({"op": "matmul", "shape": "8192x2048", "dtype": d, "tokens": t} for d in ("q4_k", "q6_k") for t in (1, 512)),
     {"op": "matmul", "shape": "151936x2048", "dtype": "q6_k", "tokens": 1},
-    *({"op": op, "shape": "512/10:512x2048", "dtype": "q4_k", "tokens": t} for op in ("moe_up", "moe_down") for t in (1, 512)),
+    *({"op": op, "shape": "512/10:512x2048", "dtype": "q4_k", "tokens": t}
+      for op in ("moe_up", "moe_down") for t in (1, 512)),
     *({"op": "attention", "shape": "8192", "heads": "16/2", "dim": 256, "dtype": "f16", "tokens": t} for t in (1, 512)),
 ]
 
@@ -122,7 +123,8 @@ class Ours:
         self.version = subprocess.run([binary, "--version"], capture_output=True, text=True).stdout.strip()
 
     def bench(self, run, model, tests, flags, repetitions, threads):
-        command = [self.binary, "bench", "model", "-m", model, *tests, *flags, "-t", threads, "-r", repetitions, "-o", "json"]
+        command = [self.binary, "bench", "model", "-m", model, *tests, *flags, "-t", threads, "-r", repetitions,
+                   "-o", "json"]
         rows, _, memory = run.json(command)
         return rows, memory
 
@@ -431,7 +433,7 @@ def main():
     ap.add_argument("--turns", type=int, default=3, help="turns of all engines [default: 3]")
     ap.add_argument("--quick", action="store_true", help="one turn, short tests, the delta rule's operators")
     ap.add_argument("--only", choices=["model", "operators", "divergence"], help="one part of the comparison")
-    ap.add_argument("--realtime", action="store_true", help="in the real-time class: quiet figures on a busy machine (root)")
+    ap.add_argument("--realtime", action="store_true", help="in the real-time class, for a busy machine (root)")
     ap.add_argument("-o", "--output", choices=["md", "json"], default="md")
     args = ap.parse_args()
     if args.quick:
@@ -468,8 +470,8 @@ def main():
         run = Runner(args.realtime)
         busy = hasattr(os, "getloadavg") and os.getloadavg()[0] / os.cpu_count()
         if busy > 0.25 and not args.realtime:
-            notes.append(f"The machine was busy when this began (load {busy:.1f} a core): engines that spin at barriers lose most "
-                         "by that, so the ratios flatter those that do not. Run it alone, or with --realtime.")
+            notes.append(f"The machine was busy when this began (load {busy:.1f} a core): engines that spin at barriers lose "
+                         "most by that, so the ratios flatter those that do not. Run it alone, or with --realtime.")
         report = {"machine": machine(), "threads": args.threads, "turns": args.turns, "slice": "", "model": {},
                   "memory": {}, "operators": [], "divergence": [], "notes": notes}
         if part("model"):
@@ -480,7 +482,7 @@ def main():
                     raise SystemExit(f"run.py: {model}: no such file")
                 need = (0.4 + 0.95 * args.layers) * 1.1e9
                 if shutil.disk_usage(work).free < need:
-                    raise SystemExit(f"run.py: {work}: {need / 1e9:.1f} GB are needed for the slice; --work names another folder")
+                    raise SystemExit(f"run.py: {work}: the slice needs {need / 1e9:.1f} GB; --work names another folder")
                 say(f"{args.layers} layers of the real shapes with random weights")
                 subprocess.run([binary, "synth", model, "--layers", str(args.layers), "--quant", "q4_k"], check=True,
                                stdout=subprocess.DEVNULL)
