@@ -394,8 +394,9 @@ def markdown(report):
         show = lambda e: (f"{t[e] * 1e6:.1f}" + (f" ({case['variant'][e]})" if e == OURS else "")) if e in t else "–"
         out.append(f"| {label} | {' | '.join(show(e) for e in (OURS, *peers))} | "
                    f"{' | '.join(ratio(t.get(e), t.get(OURS)) for e in peers)} |")
-    out += ["", "| bar | needed | got | |", "| --- | --- | --- | --- |"]
-    for row in report["bars"]:
+    if report["model"] or report["operators"]:
+        out += ["", "| bar | needed | got | |", "| --- | --- | --- | --- |"]
+    for row in report["bars"] if report["model"] or report["operators"] else []:
         got = "–" if row["got"] is None else f"{row['got']:.2f}×"
         met = {None: "not measured", True: "met", False: "not met"}[row["met"]]
         out.append(f"| {row['what']} | {row['need']} | {got} | {met} |")
