@@ -1,5 +1,6 @@
 /* Online softmax over blocks of keys, by register tiles. The rows of an item (its queries times the heads of its KV
-   head) go in groups of 8. A panel of 32 keys is transposed once and met by all groups; so is a block of 64 values.
+   head) go in groups of 8. A panel of 32 keys is transposed once and met by all groups, and so is a panel of 32 channels of
+   64 values.
 
      scores   8 rows x 32 keys      sums over channels, by chunks of them
      values   8 rows x 32 channels  sums over the block's keys
