@@ -15,6 +15,7 @@ extern "C" {
 #include "base/dtype.h"
 #include "base/isa.h"
 #include "base/operator.h"
+#include "base/peak.h"
 #include "base/status.h"
 #include "causal_conv/causal_conv.h"
 #include "gated_delta/gated_delta.h"

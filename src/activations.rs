@@ -12,7 +12,7 @@
 //! ```
 
 use crate::operator::{operator, Exec};
-use crate::{ffi, DType, Error, View};
+use crate::{ffi, DType, Error, View, Weight};
 
 operator!(
     "activations",
@@ -81,22 +81,11 @@ impl Q8 {
         self.dtype
     }
 
-    /// The values that the rows stand for, `[rows][cols]`.
-    pub fn to_floats(&self) -> Vec<f32> {
-        let bytes: Vec<u8> = self.words.iter().flat_map(|w| w.to_ne_bytes()).collect();
-        let float = |at: usize| f32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let (block, size) = (self.dtype.block(), self.dtype.block_bytes());
-        let (d, q) = if self.dtype == DType::Q8_X32 {
-            (0, ffi::Q3N_Q8_X32_Q as usize)
-        } else {
-            (ffi::Q3N_Q8_X256_D as usize, 0)
-        };
-        let blocks = (0..self.rows * self.cols / block).map(|b| b * size);
-        blocks.flat_map(|b| (0..block).map(move |i| (b, i))).map(|(b, i)| float(b + d) * f32::from(bytes[b + q + i] as i8)).collect()
-    }
-
-    fn as_ptr(&self) -> *const std::ffi::c_void {
-        self.words.as_ptr().cast()
+    /// The rows as bytes of [`dtype`](Self::dtype).
+    pub fn view(&self) -> Weight<'_, 2> {
+        // SAFETY: any u32 is four bytes.
+        let bytes = unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), 4 * self.words.len()) };
+        Weight::new(bytes, self.dtype, [self.rows, self.cols]).expect("quantize made room for these rows")
     }
 }
 
@@ -105,8 +94,8 @@ impl Q8 {
 pub enum Rows<'a> {
     /// As they are.
     F32(View<'a, 2>),
-    /// In the type that [`DType::activations`] of the weights names.
-    Q8(&'a Q8),
+    /// In the type that [`DType::activations`] of the weights names; the bytes start at an address that 4 divides.
+    Q8(Weight<'a, 2>),
 }
 
 impl<'a> From<View<'a, 2>> for Rows<'a> {
@@ -117,7 +106,7 @@ impl<'a> From<View<'a, 2>> for Rows<'a> {
 
 impl<'a> From<&'a Q8> for Rows<'a> {
     fn from(x: &'a Q8) -> Self {
-        Rows::Q8(x)
+        Rows::Q8(x.view())
     }
 }
 
@@ -141,7 +130,7 @@ impl Rows<'_> {
     pub(crate) fn stride(&self) -> i64 {
         match self {
             Rows::F32(x) => x.stride(0),
-            Rows::Q8(x) => x.cols as i64,
+            Rows::Q8(x) => x.stride(0),
         }
     }
 

@@ -18,12 +18,28 @@ impl DType {
     pub const Q8_0: DType = DType(ffi::Q3N_Q8_0);
     /// 32 4-bit values with one f16 scale.
     pub const Q4_0: DType = DType(ffi::Q3N_Q4_0);
+    /// 32 4-bit values with one f16 scale and one f16 minimum.
+    pub const Q4_1: DType = DType(ffi::Q3N_Q4_1);
+    /// 32 5-bit values with one f16 scale.
+    pub const Q5_0: DType = DType(ffi::Q3N_Q5_0);
+    /// 32 5-bit values with one f16 scale and one f16 minimum.
+    pub const Q5_1: DType = DType(ffi::Q3N_Q5_1);
+    /// 256 2-bit values with 4-bit scales and minima.
+    pub const Q2_K: DType = DType(ffi::Q3N_Q2_K);
+    /// 256 3-bit values with 6-bit scales.
+    pub const Q3_K: DType = DType(ffi::Q3N_Q3_K);
     /// 256 4-bit values with 6-bit scales and minima.
     pub const Q4_K: DType = DType(ffi::Q3N_Q4_K);
     /// 256 5-bit values with 6-bit scales and minima.
     pub const Q5_K: DType = DType(ffi::Q3N_Q5_K);
     /// 256 6-bit values with 8-bit scales.
     pub const Q6_K: DType = DType(ffi::Q3N_Q6_K);
+    /// 32 values of 16 uneven levels with one f16 scale.
+    pub const IQ4_NL: DType = DType(ffi::Q3N_IQ4_NL);
+    /// 256 values of the same levels with 6-bit scales.
+    pub const IQ4_XS: DType = DType(ffi::Q3N_IQ4_XS);
+    /// 32 4-bit floats (e2m1) with one scale that is a power of two.
+    pub const MXFP4: DType = DType(ffi::Q3N_MXFP4);
 
     /// Activations quantised at run time, 32 with one f32 scale. Never in files.
     pub const Q8_X32: DType = DType(ffi::Q3N_Q8_X32);
@@ -31,8 +47,24 @@ impl DType {
     pub const Q8_X256: DType = DType(ffi::Q3N_Q8_X256);
 
     /// Every supported type of files.
-    pub const ALL: [DType; 8] =
-        [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_K, DType::Q5_K, DType::Q6_K];
+    pub const ALL: [DType; 16] = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::Q8_0,
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q2_K,
+        DType::Q3_K,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+        DType::IQ4_NL,
+        DType::IQ4_XS,
+        DType::MXFP4,
+    ];
 
     /// The supported type with this ggml type number, as stored in GGUF files.
     pub fn from_ggml(number: u32) -> Option<DType> {

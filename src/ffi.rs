@@ -3,14 +3,23 @@
 pub const Q3N_R16: u32 = 256;
 pub const Q3N_ABI_VERSION: u32 = 2;
 pub const Q3N_SCRATCH_ALIGN: u32 = 64;
+pub const Q3N_PEAK_OPERANDS: u32 = 1024;
 pub const Q3N_F32: q3n_dtype = 0;
 pub const Q3N_F16: q3n_dtype = 1;
 pub const Q3N_Q4_0: q3n_dtype = 2;
+pub const Q3N_Q4_1: q3n_dtype = 3;
+pub const Q3N_Q5_0: q3n_dtype = 6;
+pub const Q3N_Q5_1: q3n_dtype = 7;
 pub const Q3N_Q8_0: q3n_dtype = 8;
+pub const Q3N_Q2_K: q3n_dtype = 10;
+pub const Q3N_Q3_K: q3n_dtype = 11;
 pub const Q3N_Q4_K: q3n_dtype = 12;
 pub const Q3N_Q5_K: q3n_dtype = 13;
 pub const Q3N_Q6_K: q3n_dtype = 14;
+pub const Q3N_IQ4_NL: q3n_dtype = 20;
+pub const Q3N_IQ4_XS: q3n_dtype = 23;
 pub const Q3N_BF16: q3n_dtype = 30;
+pub const Q3N_MXFP4: q3n_dtype = 39;
 pub const Q3N_Q8_X32: q3n_dtype = 513;
 pub const Q3N_Q8_X256: q3n_dtype = 514;
 pub type q3n_dtype = ::core::ffi::c_uint;
@@ -550,6 +559,48 @@ unsafe extern "C" {
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
     ) -> q3n_status;
+}
+pub const Q3N_PEAK_READ: q3n_peak_kind = 0;
+pub const Q3N_PEAK_F32: q3n_peak_kind = 1;
+pub const Q3N_PEAK_BF16: q3n_peak_kind = 2;
+pub const Q3N_PEAK_INT8: q3n_peak_kind = 3;
+pub const Q3N_PEAK_COUNT: q3n_peak_kind = 4;
+pub type q3n_peak_kind = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_peak {
+    pub name: *const ::core::ffi::c_char,
+    pub kind: q3n_peak_kind,
+    pub isa: q3n_isa,
+    pub work: i64,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(data: *const ::core::ffi::c_void, n: i64) -> u32,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of q3n_peak"][::core::mem::size_of::<q3n_peak>() - 32usize];
+    ["Alignment of q3n_peak"][::core::mem::align_of::<q3n_peak>() - 8usize];
+    [
+        "Offset of field: q3n_peak::name",
+    ][::core::mem::offset_of!(q3n_peak, name) - 0usize];
+    [
+        "Offset of field: q3n_peak::kind",
+    ][::core::mem::offset_of!(q3n_peak, kind) - 8usize];
+    ["Offset of field: q3n_peak::isa"][::core::mem::offset_of!(q3n_peak, isa) - 12usize];
+    [
+        "Offset of field: q3n_peak::work",
+    ][::core::mem::offset_of!(q3n_peak, work) - 16usize];
+    ["Offset of field: q3n_peak::run"][::core::mem::offset_of!(q3n_peak, run) - 24usize];
+};
+unsafe extern "C" {
+    pub fn q3n_peak_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_peak_at(i: i64) -> *const q3n_peak;
+}
+unsafe extern "C" {
+    pub fn q3n_peak_kind_name(kind: q3n_peak_kind) -> *const ::core::ffi::c_char;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

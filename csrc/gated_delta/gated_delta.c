@@ -128,7 +128,7 @@ int64_t q3n_gated_delta_recurrent_scratch(const q3n_gated_delta_args *a) {
 
 /* The buffers named at the head of gated_delta_chunked_scalar.c. */
 static int64_t chunked_scratch(const q3n_gated_delta_args *a, int64_t C) {
-  return q3n_align((a->K * a->V + C * (4 * a->K + a->V) + 2 * C * C + 2 * C + 3 * a->K) * 4);
+  return q3n_align((a->K * a->V + C * (4 * a->K + a->V) + 2 * C * C + 3 * C + 4 * a->K) * 4);
 }
 
 int64_t q3n_gated_delta_chunked16_scratch(const q3n_gated_delta_args *a) { return chunked_scratch(a, 16); }
@@ -139,29 +139,37 @@ int64_t q3n_gated_delta_chunked128_scratch(const q3n_gated_delta_args *a) { retu
 /* The buffers named at the head of gated_delta_unfused.c. */
 int64_t q3n_gated_delta_unfused_scratch(const q3n_gated_delta_args *a) {
   const int64_t C = Q3N_GATED_DELTA_UNFUSED_CHUNK;
-  return q3n_align((a->K * a->V + C * (6 * a->K + 2 * a->V) + 2 * C * C + C + 2 * a->K) * 4);
+  return q3n_align((a->K * a->V + C * (6 * a->K + 2 * a->V) + 2 * C * C + C + 4 * a->K) * 4);
 }
 
 #include "gated_delta.inc"
 Q3N_DEFINE_OPERATOR(gated_delta, Q3N_GATED_DELTA_VARIANTS)
 
-/* Which variant for how many tokens a sequence (on average): the first row that applies and whose variant is available.
-   Measured on plain C at HK 16, HV 32, K = V = 128, one thread, an AVX-512 server core, T = 1 .. 512: token by token is
-   2.0 times as fast as chunks of 16 at T = 1 and level with them from 8 to 32, where the chunks have begun to share
-   each load of the state among their tokens; from there they win, 1.3 times at T = 64 and 1.6 at 512. Larger chunks lose
-   to 16: their triangles grow and nothing here runs the larger products faster. With the state in AVX-512 registers,
-   token by token beats them all at every T (1.8 times the scalar form at T = 1, 2.6 times from 64 on). */
+/* Which variant for how many tokens in the longest sequence: the first row that applies and whose variant is available.
+   Measured at HK 16, HV 32, K = V = 128, one thread, an AVX-512 server core, T = 1 .. 512. The chunk forms of vector
+   instruction sets themselves take up to Q3N_GATED_DELTA_TAIL tokens one by one, sequence by sequence, with the bits of
+   the recurrence: there a sequence's result does not depend on its neighbours. In plain C, token by token is 2.0 times as
+   fast as chunks of 16 at T = 1 and level with them from 8 to 32; larger chunks lose to 16: their triangles grow and
+   nothing there runs the larger products faster. */
 static const struct {
   int64_t below;
   const char *name;
 } choice[] = {
-    {INT64_MAX, "recurrent_avx512"},
+    {Q3N_GATED_DELTA_TAIL, "recurrent_avx512"},
+    {INT64_MAX, "chunked32_avx512"},
+    {Q3N_GATED_DELTA_TAIL, "recurrent_avx2"},
+    {INT64_MAX, "chunked32_avx2"},
+    {INT64_MAX, "recurrent_neon"}, /* by its count of instructions, not by a measurement */
     {32, "recurrent_scalar"},
     {INT64_MAX, "chunked16_scalar"},
 };
 
 const q3n_gated_delta_variant *q3n_gated_delta_best(const q3n_gated_delta_args *a) {
-  const int64_t tokens = a->cu_seqlens ? (a->B ? a->T / a->B : 0) : a->T;
+  int64_t tokens = a->cu_seqlens ? 0 : a->T;
+  for (int64_t b = 0; a->cu_seqlens && b < a->B; b++) {
+    const int64_t n = a->cu_seqlens[b + 1] - a->cu_seqlens[b];
+    if (n > tokens) tokens = n;
+  }
   for (size_t i = 0; i < sizeof choice / sizeof choice[0]; i++)
     for (int64_t j = 0; tokens < choice[i].below && j < q3n_gated_delta_variant_count(); j++) {
       const q3n_gated_delta_variant *v = q3n_gated_delta_variant_at(j);

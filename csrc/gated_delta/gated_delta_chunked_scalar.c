@@ -7,7 +7,8 @@
      S <- γ_n ∘ S + u^T (Γ_n ∘ k)
 
    Every decay is a product of the tokens' exp(g), extended one token at a time: no difference of cumulative sums (which
-   cancels, and is inf - inf where a gate closes) and no exponential of a positive number (which 1/Γ would need).
+   cancels, and is inf - inf where a gate closes) and no exponential of a positive number (which 1/Γ would need). γ and a
+   scalar gate's Γ are kept in double: of factors near 1, a product in float is always rounded down.
    Derivation and comparison with the split into U and W: README.md. */
 #include "gated_delta_parts.h"
 
@@ -25,13 +26,16 @@ typedef struct chunk {
   float *u;       /* [C][V] */
   float *a, *p;   /* [C][C] A and P; elements above the diagonal are not read */
   float *beta;    /* [C] */
-  float *reach;   /* [C] one row of Γ */
-  float *row[3];  /* [K] γ, and two to replay snapshots with */
+  float *row[2];  /* [K] to replay snapshots with */
+  double *reach;  /* [C] one row of Γ */
+  double *gamma;  /* [K] γ */
 } chunk;
 
-static chunk layout(const q3n_gated_delta_args *a, int64_t C, float *at) {
+static chunk layout(const q3n_gated_delta_args *a, int64_t C, void *scratch) {
   const int64_t K = a->K, V = a->V;
-  chunk x = {.C = C};
+  chunk x = {.C = C, .reach = scratch};
+  x.gamma = x.reach + C;
+  float *at = (float *)(x.gamma + K);
   x.s = at, at += K * V;
   x.k = at, at += C * K;
   x.q = at, at += C * K;
@@ -41,10 +45,8 @@ static chunk layout(const q3n_gated_delta_args *a, int64_t C, float *at) {
   x.a = at, at += C * C;
   x.p = at, at += C * C;
   x.beta = at, at += C;
-  x.reach = at, at += C;
   x.row[0] = at, at += K;
-  x.row[1] = at, at += K;
-  x.row[2] = at;
+  x.row[1] = at;
   return x;
 }
 
@@ -78,19 +80,19 @@ static void scores_one_decay(const q3n_gated_delta_args *a, chunk *ch) {
   const int64_t n = ch->n, C = ch->C, K = a->K;
   for (int64_t i = 0; i < n; i++) {
     float *ai = ch->a + i * C, *pi = ch->p + i * C;
-    const float e = ch->decay[i * K];
+    const double e = (double)ch->decay[i * K];
     for (int64_t j = 0; j <= i; j++) ai[j] = pi[j] = 0.0f;
     combine(ai, 1.0f, ch->k + i * K, ch->k_end, C, K, i);
     combine(pi, 1.0f, ch->q + i * K, ch->k_end, C, K, i + 1);
     for (int64_t j = 0; j < i; j++) {
       ch->reach[j] *= e;
-      ai[j] *= ch->beta[i] * ch->reach[j];
-      pi[j] *= ch->reach[j];
+      ai[j] *= ch->beta[i] * (float)ch->reach[j];
+      pi[j] *= (float)ch->reach[j];
     }
-    ch->reach[i] = 1.0f;
+    ch->reach[i] = 1.0;
   }
   for (int64_t c = 0; c < K; c++)
-    for (int64_t j = 0; j < n; j++) ch->k_end[c * C + j] *= ch->reach[j];
+    for (int64_t j = 0; j < n; j++) ch->k_end[c * C + j] *= (float)ch->reach[j];
 }
 
 /* The same with a decay a channel: the keys themselves are decayed, one token at a time. */
@@ -113,18 +115,16 @@ static void scores_channel_decay(const q3n_gated_delta_args *a, chunk *ch) {
   }
 }
 
-/* k, q <- γ ∘ k, γ ∘ q; returns γ_n. */
-static const float *decay_from_start(const q3n_gated_delta_args *a, chunk *ch) {
+/* k, q <- γ ∘ k, γ ∘ q; leaves γ_n in gamma. */
+static void decay_from_start(const q3n_gated_delta_args *a, chunk *ch) {
   const int64_t K = a->K;
-  float *gamma = ch->row[0];
-  for (int64_t c = 0; c < K; c++) gamma[c] = 1.0f;
+  for (int64_t c = 0; c < K; c++) ch->gamma[c] = 1.0;
   for (int64_t i = 0; i < ch->n; i++)
     for (int64_t c = 0; c < K; c++) {
-      gamma[c] *= ch->decay[i * K + c];
-      ch->k[i * K + c] *= gamma[c];
-      ch->q[i * K + c] *= gamma[c];
+      ch->gamma[c] *= (double)ch->decay[i * K + c];
+      ch->k[i * K + c] *= (float)ch->gamma[c];
+      ch->q[i * K + c] *= (float)ch->gamma[c];
     }
-  return gamma;
 }
 
 static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
@@ -134,7 +134,7 @@ static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t
     scores_channel_decay(a, ch);
   else
     scores_one_decay(a, ch);
-  const float *gamma = decay_from_start(a, ch);
+  decay_from_start(a, ch);
 
   /* Row i of u needs the rows before it alone: forward substitution is one combine a row. Nothing is ever multiplied
      by the zeros above the diagonal, where a NaN of a later token would come back in time. */
@@ -152,10 +152,10 @@ static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t
     combine(o, 1.0f, ch->p + i * C, ch->u, V, i + 1, V);
   }
 
-  if (x->snapshots) gd_replay_snapshots(a, x, t0, n, ch->s, 1, V, ch->u, ch->row[1], ch->row[2]);
+  if (x->snapshots) gd_replay_snapshots(a, x, t0, n, ch->s, 1, V, ch->u, ch->row[0], ch->row[1]);
   for (int64_t c = 0; c < K; c++) {
     float *s = ch->s + c * V;
-    for (int64_t j = 0; j < V; j++) s[j] *= gamma[c];
+    for (int64_t j = 0; j < V; j++) s[j] *= (float)ch->gamma[c];
     combine(s, 1.0f, ch->k_end + c * C, ch->u, V, n, V);
   }
 }
@@ -167,7 +167,7 @@ static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, in
       for (int64_t c = c0; c < columns && c < c0 + 16; c++) y[c * y_row + r] = x[r * x_row + c];
 }
 
-static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end, float *scratch, int64_t C) {
+static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch, int64_t C) {
   const int64_t K = a->K, V = a->V;
   chunk ch = layout(a, C, scratch);
 

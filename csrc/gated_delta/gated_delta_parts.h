@@ -14,6 +14,9 @@ enum { Q3N_GATED_DELTA_ROWS = 32 };
 /* Tokens in a chunk of the unfused form. */
 enum { Q3N_GATED_DELTA_UNFUSED_CHUNK = 64 };
 
+/* The SIMD chunk forms take fewer tokens than this at a sequence's end, or a shorter sequence, token by token. */
+enum { Q3N_GATED_DELTA_TAIL = 8 };
+
 int64_t q3n_gated_delta_row_items(const q3n_gated_delta_args *a);  /* (sequence, head, block of value rows) */
 int64_t q3n_gated_delta_head_items(const q3n_gated_delta_args *a); /* (sequence, head) */
 int64_t q3n_gated_delta_recurrent_scratch(const q3n_gated_delta_args *a);
@@ -22,7 +25,11 @@ int64_t q3n_gated_delta_chunked32_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_chunked64_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_chunked128_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_unfused_scratch(const q3n_gated_delta_args *a);
-int64_t q3n_gated_delta_avx512_scratch(const q3n_gated_delta_args *a);
+int64_t q3n_gated_delta_recurrent_avx512_scratch(const q3n_gated_delta_args *a);
+int64_t q3n_gated_delta_chunked32_avx512_scratch(const q3n_gated_delta_args *a);
+int64_t q3n_gated_delta_recurrent_avx2_scratch(const q3n_gated_delta_args *a);
+int64_t q3n_gated_delta_chunked32_avx2_scratch(const q3n_gated_delta_args *a);
+int64_t q3n_gated_delta_neon_scratch(const q3n_gated_delta_args *a);
 
 /* The arrays of one sequence and value head: slots, head map and cu_seqlens are resolved here and nowhere else. */
 typedef struct gd_head {

@@ -23,11 +23,13 @@ typedef struct chunk {
   float *a, *p;   /* [C][C] */
   float *beta;    /* [C] */
   float *row[2];  /* [K] */
+  double *reach;  /* [K] the product that gamma is rounded from */
 } chunk;
 
-static chunk layout(const q3n_gated_delta_args *a, float *at) {
+static chunk layout(const q3n_gated_delta_args *a, void *scratch) {
   const int64_t K = a->K, V = a->V;
-  chunk x = {0};
+  chunk x = {.reach = scratch};
+  float *at = (float *)(x.reach + K);
   x.s = at, at += K * V;
   x.k = at, at += C * K;
   x.q = at, at += C * K;
@@ -53,10 +55,14 @@ static void load_tokens(const q3n_gated_delta_args *a, const gd_head *x, int64_t
   }
 }
 
+/* In double: of factors near 1, a product in float is always rounded down. */
 static void cumulative_decay(int64_t K, chunk *ch) {
+  for (int64_t c = 0; c < K; c++) ch->reach[c] = 1.0;
   for (int64_t i = 0; i < ch->n; i++)
-    for (int64_t c = 0; c < K; c++)
-      ch->gamma[i * K + c] = (i ? ch->gamma[(i - 1) * K + c] : 1.0f) * ch->decay[i * K + c];
+    for (int64_t c = 0; c < K; c++) {
+      ch->reach[c] *= (double)ch->decay[i * K + c];
+      ch->gamma[i * K + c] = (float)ch->reach[c];
+    }
 }
 
 /* A and P column by column: key j is decayed past one token after the other, and ends up in k_end. */

@@ -10,7 +10,7 @@ static inline void q3n_moe_swiglu(float *h, const float *gate, const float *up, 
   for (int64_t r = 0; r < count; r += 16) {
     const __mmask16 mask = q3n_mask16(count, r / 16);
     const __m512 g = _mm512_maskz_loadu_ps(mask, gate + r), u = _mm512_maskz_loadu_ps(mask, up + r);
-    _mm512_mask_storeu_ps(h + r, mask, _mm512_mul_ps(q3n_silu16(g), u));
+    _mm512_mask_storeu_ps(h + r, mask, _mm512_mul_ps(q3n_v_silu(g), u));
   }
 }
 

@@ -1,5 +1,6 @@
 /* One block after the other. */
 #include <math.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "activations_block.h"
@@ -7,21 +8,21 @@
 q3n_status q3n_activations_scalar(const q3n_activations_args *a, int64_t begin, int64_t end, void *scratch);
 
 /* Writes n values; returns d. */
-static float encode(int8_t *q, const float *x, int n) {
+static float encode(int8_t *q, const float *x, size_t n) {
   float most = 0.0f;
   int finite = 1;
-  for (int i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     const float size = fabsf(x[i]);
     finite &= size < INFINITY;
     most = size > most ? size : most;
   }
-  memset(q, 0, (size_t)n);
+  memset(q, 0, n);
   if (!finite) return NAN;
   const float d = most / 127.0f;
   if (d < 0x1p-126f) return 0.0f;
   /* d is at least 2^-126, so its reciprocal is finite; rounding may carry a value to 127 and no further */
   const float inverse = 1.0f / d;
-  for (int i = 0; i < n; i++) q[i] = (int8_t)rintf(x[i] * inverse);
+  for (size_t i = 0; i < n; i++) q[i] = (int8_t)rintf(x[i] * inverse);
   return d;
 }
 

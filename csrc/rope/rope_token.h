@@ -9,4 +9,8 @@ int64_t q3n_rope_items(const q3n_rope_args *a);
 /* R/2 frequencies in double, then R/2 cosines and R/2 sines in float. */
 int64_t q3n_rope_scratch(const q3n_rope_args *a);
 
+/* The same, the frequencies in whole vectors. */
+int64_t q3n_rope_avx512_scratch(const q3n_rope_args *a);
+int64_t q3n_rope_avx2_scratch(const q3n_rope_args *a);
+
 #endif

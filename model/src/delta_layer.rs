@@ -2,7 +2,7 @@
 
 use crate::config::{Config, HeadMap};
 use crate::error::Error;
-use crate::ubatch::{add_rows, project, sigmoid, Packed};
+use crate::ubatch::{add_rows, project, project_rows, sigmoid, Buffers, Input, Packed};
 use crate::weights::Delta;
 use qwen3next_kernels::gated_delta::{self, Gate, LogDecay};
 use qwen3next_kernels::{causal_conv, norm, Exec, View, ViewMut};
@@ -16,6 +16,7 @@ pub(crate) fn add(
     states: &mut [f32],
     packed: &Packed,
     normed: &[f32],
+    buffers: &mut Buffers,
     x: &mut [f32],
     steps: &mut [Vec<f32>],
 ) -> Result<(), Error> {
@@ -23,14 +24,16 @@ pub(crate) fn add(
     let (t, hk, hv, kd, vd) = (packed.tokens, d.k_heads, d.v_heads, d.k_dim, d.v_dim);
     let (channels, values, window) = (d.conv_channels(), d.value_channels(), d.conv_width - 1);
 
-    let mut qkv = vec![0.0f32; t * channels];
-    project(&w.qkv, normed, &mut qkv)?;
-    let mut z = vec![0.0f32; t * values];
-    project(&w.z, normed, &mut z)?;
-    let mut ba = vec![0.0f32; t * 2 * hv];
-    project(&w.ba, normed, &mut ba)?;
+    let input = Input::new(normed, config.hidden, packed.quantize, [&w.qkv, &w.z, &w.ba], buffers)?;
+    let mut qkv = buffers.take(t * channels);
+    project(&w.qkv, &input, &mut qkv)?;
+    let mut z = buffers.take(t * values);
+    project(&w.z, &input, &mut z)?;
+    let mut ba = buffers.take(t * 2 * hv);
+    project(&w.ba, &input, &mut ba)?;
+    input.give(buffers);
 
-    let mut mixed = vec![0.0f32; t * channels];
+    let mut mixed = buffers.take(t * channels);
     let mut window_steps = vec![0.0f32; steps.len() * channels * window];
     let slots = windows.len() / (channels * window).max(1);
     causal_conv::run(
@@ -56,7 +59,7 @@ pub(crate) fn add(
     )?;
 
     let (g, beta) = gates(d.group(), hv, &ba, w);
-    let mut o = vec![0.0f32; t * values];
+    let mut o = buffers.take(t * values);
     let mut state_steps = vec![0.0f32; steps.len() * hv * vd * kd];
     let keys = hk * kd;
     let slots = states.len() / (hv * vd * kd);
@@ -96,9 +99,10 @@ pub(crate) fn add(
     let args = norm::Args { y: ViewMut::new(&mut o, [t, hv, vd])?, x: None, kind: gated, eps: config.norm_eps };
     norm::run(args, &Exec::default())?;
 
-    let mut y = vec![0.0f32; x.len()];
-    project(&w.out, &o, &mut y)?;
+    let mut y = buffers.take(x.len());
+    project_rows(&w.out, &o, &mut y, packed.quantize, buffers)?;
     add_rows(x, &y);
+    [qkv, z, ba, mixed, o, y].into_iter().for_each(|buffer| buffers.give(buffer));
     Ok(())
 }
 

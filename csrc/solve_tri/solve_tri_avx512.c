@@ -1,0 +1,13 @@
+/* Tiles in AVX-512: solve_tri_simd.h. */
+#include "../simd/avx512.h"
+#include "solve_tri_simd.h"
+
+q3n_status q3n_solve_tri_blocked_avx512(const q3n_solve_tri_args *a, int64_t begin, int64_t end, void *scratch);
+
+int64_t q3n_solve_tri_avx512_items(const q3n_solve_tri_args *a) { return panel_items(a); }
+
+int64_t q3n_solve_tri_avx512_scratch(const q3n_solve_tri_args *a) { return panel_scratch(a); }
+
+q3n_status q3n_solve_tri_blocked_avx512(const q3n_solve_tri_args *a, int64_t begin, int64_t end, void *scratch) {
+  return run_panels(a, begin, end, scratch);
+}
