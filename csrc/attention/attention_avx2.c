@@ -1,6 +1,6 @@
 /* Online softmax over blocks of keys, by register tiles. The rows of an item (its queries times the heads of its KV
-   head) go in groups of 4. A panel of 16 keys is transposed once and met by all groups, and so is a panel of 16 channels of
-   64 values.
+   head) go in groups of 4. A panel of 16 keys is transposed once and met by all groups, and so is a panel of 16
+   channels of 64 values.
 
      scores   4 rows x 16 keys      sums over channels, by chunks of them
      values   4 rows x 16 channels  sums over the block's keys
@@ -269,8 +269,8 @@ static inline __attribute__((always_inline)) void scores_of(int rows, const floa
     }
 }
 
-/* o = o rescale + sum_j p_j v_j for `rows` rows of a group and a panel of channels. The block's sum is made apart: over S
-   keys it takes KEYS + S / KEYS roundings instead of S. */
+/* o = o rescale + sum_j p_j v_j for `rows` rows of a group and a panel of channels. The block's sum is made apart: over
+   S keys it takes KEYS + S / KEYS roundings instead of S. */
 static inline __attribute__((always_inline)) void values_of(int rows, const float *p, const float *v, int64_t n,
                                                             const float *rescale, float *o, int64_t P) {
   __m256 s[ROWS][2];
@@ -302,7 +302,8 @@ static void values(int64_t rows, const float *p, const float *v, int64_t n, cons
   else values_of(1, p, v, n, rescale, o, P);
 }
 
-/* Row r's sums q . k of a block become weights; it sees the first `visible` keys, of which -inf in `mask` hides some. */
+/* Row r's sums q . k of a block become weights; it sees the first `visible` keys, of which -inf in `mask` hides
+   some. */
 static void weigh(const memory *m, int64_t r, int64_t visible, float scale, const float *mask) {
   float *p = m->p + r * KEYS;
   const __m256 hidden = _mm256_set1_ps(-INFINITY);
@@ -403,9 +404,10 @@ q3n_status q3n_attention_tile_avx2(const q3n_attention_args *a, int64_t begin, i
       const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
       /* Visible ends grow with the row: the groups before `from` see nothing of the block. */
       int64_t from = 0;
-      while (q3n_attention_visible_end(a, &tile, tile.first + (from + ROWS < rows ? from + ROWS - 1 : rows - 1) / group) <=
-             j0)
-        from += ROWS;
+      for (;; from += ROWS) {
+        const int64_t end = from + ROWS < rows ? from + ROWS : rows;
+        if (q3n_attention_visible_end(a, &tile, tile.first + (end - 1) / group) > j0) break;
+      }
       /* Spread over the tiles of the scores the values are fetched, over those of the values the next block's keys. */
       const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile.hkv * a->k_h;
       const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
