@@ -156,7 +156,7 @@ static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t
   if (x->snapshots) gd_replay_snapshots(a, x, t0, n, ch->s, 1, V, ch->u, ch->row[0], ch->row[1]);
   for (int64_t c = 0; c < K; c++) {
     float *s = ch->s + c * V;
-    for (int64_t j = 0; j < V; j++) s[j] *= (float)ch->gamma[c];
+    for (int64_t j = 0; j < V; j++) s[j] = (float)(ch->gamma[c] * (double)s[j]);
     combine(s, 1.0f, ch->k_end + c * C, ch->u, V, n, V);
   }
 }

@@ -22,7 +22,7 @@ typedef struct chunk {
   float *key;        /* [P][C] transposed keys under way from their token to the chunk's end, likewise */
   float *at, *pt;    /* [C][C] A and P transposed: what lies below the diagonal is not read */
   float *u;          /* [C][PANEL] */
-  float *gain;       /* [P] decay over the whole chunk */
+  float *gain, *gain_low; /* [P] decay over the whole chunk, and what its rounding left over */
   float *beta, *start, *end; /* [C]; decay of a row from the chunk's start, and on to its end: 1 with a decay a channel */
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
@@ -32,7 +32,7 @@ typedef struct chunk {
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   const int64_t channel = a->gate == Q3N_GATE_CHANNEL ? 2 * C * P : 0;
-  return P * VP + 4 * C * P + channel + 2 * C * C + C * PANEL + 3 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
+  return P * VP + 4 * C * P + channel + 2 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
 }
 
 static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float *at, block *b) {
@@ -53,6 +53,7 @@ static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float
   x.e = (double *)(void *)at, at += 2 * C;
   x.gamma = (double *)(void *)at, at += 2 * P;
   x.gain = at, at += P;
+  x.gain_low = at, at += P;
   x.snap_k = at, at += P;
   x.snap_decay = at, at += P;
   x.beta = at, at += C;
@@ -94,6 +95,13 @@ static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, in
       for (int i = 0; i < LANES && (fill || c + i < columns); i++)
         q3n_v_store_some(y + (c + i) * y_row + r, some_rows, tile[i]);
     }
+}
+
+/* A rounded decay is off by the same fraction of a unit chunk after chunk where the gates are near 1, as are products of
+   numbers of few digits: the rest is kept and applied too. */
+static inline void set_gain(chunk *ch, int64_t c, double decay) {
+  ch->gain[c] = (float)decay;
+  ch->gain_low[c] = (float)(decay - (double)ch->gain[c]);
 }
 
 static void load_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
@@ -144,7 +152,7 @@ static void scores_one_decay(chunk *ch, int64_t K) {
     }
   }
   for (int64_t i = 0; i < N; i++) ch->start[i] = (float)ch->reach[i];
-  for (int64_t c = 0; c < ch->P; c++) ch->gain[c] = (float)ch->reach[n - 1];
+  for (int64_t c = 0; c < ch->P; c++) set_gain(ch, c, ch->reach[n - 1]);
 }
 
 /* The same with a decay a channel: the keys are decayed, one token after the other. Leaves k decayed to the chunk's end,
@@ -184,7 +192,7 @@ static void scores_channel_decay(chunk *ch, int64_t K) {
   transpose(ch->kt, 2 * C, ch->k, P, n, K, 1);
   transpose(ch->qt, 2 * C, ch->q, P, n, K, 1);
   transpose(ch->k, P, ch->key, C, K, n, 1);
-  for (int64_t c = 0; c < P; c++) ch->gain[c] = (float)ch->gamma[c];
+  for (int64_t c = 0; c < P; c++) set_gain(ch, c, ch->gamma[c]);
   for (int64_t i = 0; i < N; i++) ch->start[i] = ch->end[i] = 1.0f;
 }
 
@@ -277,8 +285,11 @@ static void panel_state(const chunk *ch, float *s, int64_t K) {
   for (int64_t c = 0; c < K; c += TALL) {
     q3n_v acc[TALL][WIDE];
     for (int m = 0; m < TALL; m++)
-      for (int w = 0; w < WIDE; w++)
-        acc[m][w] = q3n_v_mul(q3n_v_set(ch->gain[c + m]), q3n_v_load(s + (c + m) * PANEL + w * LANES));
+      for (int w = 0; w < WIDE; w++) {
+        const q3n_v before = q3n_v_load(s + (c + m) * PANEL + w * LANES);
+        const q3n_v low = q3n_v_mul(q3n_v_set(ch->gain_low[c + m]), before);
+        acc[m][w] = q3n_v_fma(q3n_v_set(ch->gain[c + m]), before, low);
+      }
     product(acc, 0, ch->k + c, ch->P, ch->u, PANEL, LANES, ch->n);
     for (int m = 0; m < TALL; m++)
       for (int w = 0; w < WIDE; w++) q3n_v_store(s + (c + m) * PANEL + w * LANES, acc[m][w]);
