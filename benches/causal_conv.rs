@@ -1,5 +1,5 @@
-//! Time of every variant at T = 1 and 512 with Qwen3-Next's 8,192 channels, four taps, SiLU, state in place, on one thread.
-//! Every variant is verified first.
+//! Time of every variant at T = 1 and 512 with Qwen3-Next's 8,192 channels, four taps, SiLU, state in place, on one
+//! thread. Every variant is verified first.
 #![allow(missing_docs)] // criterion_group! makes an undocumented function
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};

@@ -1,5 +1,5 @@
-//! Time of every variant at T = 1 and 512 with Qwen3-Next's shapes, on one thread: rows of 2,048 with weights 1 + w, and
-//! gated rows of 128, 32 heads. Every variant is verified first.
+//! Time of every variant at T = 1 and 512 with Qwen3-Next's shapes, on one thread: rows of 2,048 with weights 1 + w,
+//! and gated rows of 128, 32 heads. Every variant is verified first.
 #![allow(missing_docs)] // criterion_group! makes an undocumented function
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};

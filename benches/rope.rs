@@ -1,5 +1,5 @@
-//! Time of every variant at T = 1 and 512 with Qwen3-Next's 16 query heads of 256, 64 of them rotated, in place as the model
-//! runs it, on one thread. Every variant is verified first.
+//! Time of every variant at T = 1 and 512 with Qwen3-Next's 16 query heads of 256, 64 of them rotated, in place as the
+//! model runs it, on one thread. Every variant is verified first.
 #![allow(missing_docs)] // criterion_group! makes an undocumented function
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};

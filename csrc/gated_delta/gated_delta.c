@@ -148,8 +148,8 @@ Q3N_DEFINE_OPERATOR(gated_delta, Q3N_GATED_DELTA_VARIANTS)
 
 /* Which variant for how many tokens in the longest sequence: the first row that applies and whose variant is available.
    Measured at HK 16, HV 32, K = V = 128, one thread, an AVX-512 server core, T = 1 .. 512 (README.md). The chunk forms
-   themselves take fewer than Q3N_GATED_DELTA_TAIL tokens one by one, sequence by sequence, with the bits of the recurrence:
-   a sequence's result does not depend on the sequences beside it. */
+   themselves take fewer than Q3N_GATED_DELTA_TAIL tokens one by one, sequence by sequence, with the bits of the
+   recurrence: a sequence's result does not depend on the sequences beside it. */
 static const struct {
   int64_t below;
   const char *name;

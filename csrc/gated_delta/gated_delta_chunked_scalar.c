@@ -1,4 +1,5 @@
-/* The chunk form; a short end of a sequence is taken token by token. Within a chunk of n <= C tokens, with Γ_ij = exp(g_{j+1} + ... + g_i) and S the state before it:
+/* The chunk form; a short end of a sequence is taken token by token. Within a chunk of n <= C tokens, with Γ_ij =
+   exp(g_{j+1} + ... + g_i) and S the state before it:
 
      A_ij = beta_i (k_i ∘ Γ_ij) · k_j      j < i
      P_ij = (q_i ∘ Γ_ij) · k_j             j <= i
@@ -7,8 +8,8 @@
      S <- γ_n ∘ S + u^T (Γ_n ∘ k)
 
    Every decay is a product of the tokens' exp(g), extended one token at a time: no difference of cumulative sums (which
-   cancels, and is inf - inf where a gate closes) and no exponential of a positive number (which 1/Γ would need). γ and a
-   scalar gate's Γ are kept in double: of factors near 1, a product in float is always rounded down.
+   cancels, and is inf - inf where a gate closes) and no exponential of a positive number (which 1/Γ would need). γ and
+   a scalar gate's Γ are kept in double: of factors near 1, a product in float is always rounded down.
    Derivation and comparison with the split into U and W: README.md. */
 #include "gated_delta_parts.h"
 
@@ -170,7 +171,8 @@ static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, in
 
 /* Tokens t0 on of one head by the recurrence: few tokens are not worth a chunk. Where some came before them, the state
    lies in the pool, or in `kept` [V][K] where the pool is not to be written. */
-static q3n_status run_rest(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, const float *kept, void *scratch) {
+static q3n_status run_rest(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, const float *kept,
+                           void *scratch) {
   q3n_gated_delta_args rest = *a;
   rest.cu_seqlens = rest.slot_in = rest.slot_out = NULL;
   rest.slots = rest.B = rest.HK = rest.HV = 1;

@@ -1,6 +1,7 @@
-/* The chunk form over the vectors of csrc/simd: the equations of gated_delta_chunked_scalar.c, every product of matrices
-   by one register tile. All that depends on keys and gates alone is made once a chunk; then the value channels, which
-   are independent, go through the rest a panel at a time, the panel's state and u staying in the first cache.
+/* The chunk form over the vectors of csrc/simd: the equations of gated_delta_chunked_scalar.c, every product of
+   matrices by one register tile. All that depends on keys and gates alone is made once a chunk; then the value
+   channels, which are independent, go through the rest a panel at a time, the panel's state and u staying in the first
+   cache.
 
    With one decay for all channels the products are taken of plain keys and queries, and the rows of the results are
    decayed; with a decay a channel the keys and queries themselves are. */
@@ -23,7 +24,8 @@ typedef struct chunk {
   float *at, *pt;    /* [C][C] A and P transposed: what lies below the diagonal is not read */
   float *u;          /* [C][PANEL] */
   float *gain, *gain_low; /* [P] decay over the whole chunk, and what its rounding left over */
-  float *beta, *start, *end; /* [C]; decay of a row from the chunk's start, and on to its end: 1 with a decay a channel */
+  float *beta;       /* [C] */
+  float *start, *end; /* [C] decay of a row from the chunk's start, and on to its end: 1 with a decay a channel */
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
   float *snap_k, *snap_decay; /* [P] */
@@ -81,8 +83,8 @@ static inline void clear(q3n_v acc[TALL][WIDE]) {
     for (int w = 0; w < WIDE; w++) acc[m][w] = q3n_v_zero();
 }
 
-/* y[columns][rows] = x[rows][columns] by blocks of LANES; the rows and columns that x lacks are written as zeros up to a
-   whole block where `fill`, else not at all. */
+/* y[columns][rows] = x[rows][columns] by blocks of LANES; the rows and columns that x lacks are written as zeros up to
+   a whole block where `fill`, else not at all. */
 static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, int64_t rows_of_x, int64_t columns,
                       int fill) {
   for (int64_t r = 0; r < rows_of_x; r += LANES)
@@ -97,8 +99,8 @@ static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, in
     }
 }
 
-/* A rounded decay is off by the same fraction of a unit chunk after chunk where the gates are near 1, as are products of
-   numbers of few digits: the rest is kept and applied too. */
+/* A rounded decay is off by the same fraction of a unit chunk after chunk where the gates are near 1, as are products
+   of numbers of few digits: the rest is kept and applied too. */
 static inline void set_gain(chunk *ch, int64_t c, double decay) {
   ch->gain[c] = (float)decay;
   ch->gain_low[c] = (float)(decay - (double)ch->gain[c]);
@@ -155,8 +157,8 @@ static void scores_one_decay(chunk *ch, int64_t K) {
   for (int64_t c = 0; c < ch->P; c++) set_gain(ch, c, ch->reach[n - 1]);
 }
 
-/* The same with a decay a channel: the keys are decayed, one token after the other. Leaves k decayed to the chunk's end,
-   kt and qt decayed from its start. */
+/* The same with a decay a channel: the keys are decayed, one token after the other. Leaves k decayed to the chunk's
+   end, kt and qt decayed from its start. */
 static void scores_channel_decay(chunk *ch, int64_t K) {
   const int64_t n = ch->n, C = ch->C, P = ch->P, N = padded(n, LANES);
   for (int64_t c = 0; c < K; c++)
@@ -196,8 +198,8 @@ static void scores_channel_decay(chunk *ch, int64_t K) {
   for (int64_t i = 0; i < N; i++) ch->start[i] = ch->end[i] = 1.0f;
 }
 
-/* What lies on and below the diagonal of a tile: nothing is multiplied above it, where a NaN of a later token would come
-   back in time. */
+/* What lies on and below the diagonal of a tile: nothing is multiplied above it, where a NaN of a later token would
+   come back in time. */
 static inline void product_triangle(q3n_v acc[TALL][WIDE], const float *p, int64_t C, const float *u) {
   for (int l = 0; l < TALL; l++) {
     const q3n_v u0 = q3n_v_load(u + l * PANEL), u1 = q3n_v_load(u + l * PANEL + LANES);
@@ -256,8 +258,8 @@ static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, const 
 }
 
 /* The states after each token of the chunk, value channels v0 .. v0 + width: from the panel's state before it and u. */
-static void panel_snapshots(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, const float *s, int64_t t0,
-                            int64_t v0, int64_t width) {
+static void panel_snapshots(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, const float *s,
+                            int64_t t0, int64_t v0, int64_t width) {
   transpose(x->snapshots + t0 * a->snap_t + v0 * a->snap_v, a->snap_v, s, PANEL, a->K, width, 0);
   for (int64_t i = 0; i < ch->n; i++) {
     float *now = x->snapshots + (t0 + i) * a->snap_t + v0 * a->snap_v;

@@ -165,8 +165,8 @@ static inline void copy_rows(rows to, rows from, int64_t n, int64_t K) {
 
 /* Tokens t0 .. of one head on its value rows first .. last - 1, `first` a multiple of ROWS. `begun`: the state before
    them lies in b->s already. */
-static void run_rows(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, int64_t first, int64_t last, int begun,
-                     block *b) {
+static void run_rows(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, int64_t first, int64_t last,
+                     int begun, block *b) {
   const int64_t V = a->V, K = a->K, T = x->T;
   /* A const of the args is dropped here to have one type; nothing is written through `in`. */
   const rows in = {(float *)(uintptr_t)x->state_in, a->state_v}, out = {x->state_out, a->state_v}, kept = {b->s, b->P};
@@ -225,7 +225,8 @@ static inline q3n_status run_recurrent(const q3n_gated_delta_args *a, int64_t be
 
   /* All items of a head in one go: its tokens are read and normalised once. */
   for (int64_t item = begin; item < end;) {
-    const int64_t head = item / blocks, from = item % blocks, to = blocks - from < end - item ? blocks : from + end - item;
+    const int64_t head = item / blocks, from = item % blocks;
+    const int64_t to = blocks - from < end - item ? blocks : from + end - item;
     const gd_head x = gd_find_head(a, head / a->HV, head % a->HV);
     const int64_t first = from * Q3N_GATED_DELTA_ROWS;
     const int64_t last = to * Q3N_GATED_DELTA_ROWS < a->V ? to * Q3N_GATED_DELTA_ROWS : a->V;
