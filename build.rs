@@ -7,10 +7,16 @@ const ROOMS: &[&str] =
     &["base", "attention", "causal_conv", "gated_delta", "matmul", "moe", "norm", "quant", "rope", "solve_tri"];
 
 /// (target architecture, file suffix, compiler flags). Files with none of these suffixes are plain C.
-const FLAGS: &[(&str, &str, &[&str])] = &[
-    ("x86_64", "_avx2", &["-mavx2", "-mfma", "-mf16c"]),
-    ("x86_64", "_avx512", &["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]),
-    ("aarch64", "_neon", &[]),
+const FLAGS: &[(&str, &str, &str)] = &[
+    ("x86_64", "_avx2", "-mavx2 -mfma -mf16c"),
+    ("x86_64", "_avx512", "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"),
+    ("x86_64", "_avx512vnni", "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"),
+    (
+        "x86_64",
+        "_avx512bf16",
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16",
+    ),
+    ("aarch64", "_neon", ""),
 ];
 
 fn main() {
@@ -24,7 +30,7 @@ fn main() {
         .iter()
         .map(|(_, _, flags)| {
             let mut build = compiler();
-            flags.iter().for_each(|f| {
+            flags.split_whitespace().for_each(|f| {
                 build.flag(f);
             });
             (build, false)

@@ -1,70 +1,29 @@
-//! Router and feed-forward of 64 experts of Qwen3-Next's shape, top-10, for one token and a batch; each is verified on its
-//! inputs first.
-#![allow(missing_docs)] // criterion_group! makes an undocumented function
+//! The steps of a feed-forward of Qwen3-Next's expert shape, top 10, for one token and a batch: routing and grouping
+//! over 512 experts, up and down over 64.
+#![allow(missing_docs)] // criterion_group makes a public function
 
-use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
-use qwen3next_kernels::moe::{self, Execs, Routing};
-use qwen3next_kernels::{View, ViewMut, Weight};
-use qwen3next_verify::buffer::Layout;
-use qwen3next_verify::cases::moe::{down_reference, up_reference, Case, Crowd, Inputs};
+mod common;
+
+use criterion::{criterion_group, criterion_main, Criterion};
 use qwen3next_verify::cases::quant::Type;
-
-const SEED: u64 = 1;
+use qwen3next_verify::timed::moe::{Down, Group, Route, Sizes, Up};
 
 fn bench(c: &mut Criterion) {
-    let (e, top_k, d, f) = (64, 10, 2048, 512);
     for t in [1, 64] {
-        let mut group = c.benchmark_group(format!("moe/{e}x{f}x{d}/top{top_k}/t{t}"));
-        group.sample_size(10).throughput(Throughput::Elements((2 * 3 * t * top_k * d * f) as u64));
+        let all = Sizes { t, e: 512, top_k: 10, d: 2048, f: 512 };
+        common::variants(c, &format!("moe_route/512/top10/t{t}"), Route::new(all));
+        common::variants(c, &format!("moe_group/512/top10/t{t}"), Group::new(all));
+        let some = Sizes { e: 64, ..all };
         for dtype in [Type::Q4K, Type::Q8] {
-            let block = dtype.dtype().block();
-            let case = Case {
-                t,
-                e,
-                top_k,
-                d_blocks: d / block,
-                f_blocks: f / block,
-                up_type: dtype,
-                down_type: dtype,
-                merged: false,
-                layout: Layout::Packed,
-                crowd: Crowd::Random,
-            };
-            for check in [up_reference, down_reference] {
-                check(&Execs::default(), &case, SEED).unwrap_or_else(|e| panic!("{case}: {e}"));
-            }
-            let inputs = Inputs::generate(&case, SEED);
-            let routing =
-                Routing::from_ids(e, top_k, inputs.ids.clone(), inputs.weights.clone()).expect("ids in range");
-            let (mut y, mut h) = (vec![0f32; t * d], Vec::new());
-            group.bench_function(BenchmarkId::new("feed_forward", dtype), |b| {
-                b.iter(|| {
-                    let weight = |data, shape| Weight::new(data, dtype.dtype(), shape).expect("packed");
-                    let args = moe::Args {
-                        y: ViewMut::new(&mut y, [t, d]).expect("packed"),
-                        x: View::new(&inputs.x, [t, d]).expect("packed"),
-                        gate: weight(&inputs.gate, [e, f, d]),
-                        up: weight(&inputs.up, [e, f, d]),
-                        down: weight(&inputs.down, [e, d, f]),
-                        routing: &routing,
-                        accumulate: false,
-                        h: &mut h,
-                    };
-                    moe::run(args, &Execs::default()).expect("just verified");
-                })
-            });
+            common::variants(c, &format!("moe_up/64x512x2048/top10/t{t}/{dtype}"), Up::new(some, dtype));
+            common::variants(c, &format!("moe_down/64x512x2048/top10/t{t}/{dtype}"), Down::new(some, dtype));
         }
-        group.finish();
-
-        let logits: Vec<f32> = (0..t * 512).map(|i| (i * 7919 % 1009) as f32 / 100.0).collect();
-        c.bench_function(&format!("moe/route/512/top{top_k}/t{t}"), |b| {
-            b.iter(|| {
-                let logits = View::new(&logits, [t, 512]).expect("packed");
-                Routing::route(logits, top_k, true, &Default::default()).expect("no NaN")
-            })
-        });
     }
 }
 
-criterion_group!(benches, bench);
+criterion_group! {
+    name = benches;
+    config = common::config();
+    targets = bench
+}
 criterion_main!(benches);

@@ -1,44 +1,23 @@
-//! Time of every variant at T = 1 and 512 with Qwen3-Next's shapes, on one thread: rows of 2,048 with weights 1 + w,
-//! and gated rows of 128, 32 heads. Every variant is verified first.
-#![allow(missing_docs)] // criterion_group! makes an undocumented function
+//! Norms of the residual stream and of the heads of both layer kinds, for one token and a batch.
+#![allow(missing_docs)] // criterion_group makes a public function
 
-use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
-use qwen3next_kernels::norm::{self, Kind, Op};
-use qwen3next_kernels::{Exec, Operator, View, ViewMut};
-use qwen3next_verify::cases::norm::Norm;
-use qwen3next_verify::suite::{assert_passed, run_on, Options};
+mod common;
+
+use criterion::{criterion_group, criterion_main, Criterion};
+use qwen3next_verify::cases::norm::Kind;
+use qwen3next_verify::timed::norm::Norm;
 
 fn bench(c: &mut Criterion) {
-    for (name, h, d) in [("plus1", 1, 2048), ("gated", 32, 128)] {
-        for t in [1, 512] {
-            let fill = |m: usize| (0..t * h * d).map(|i| (i % m) as f32 / 16.0 - 2.0).collect::<Vec<f32>>();
-            let (x, z) = (fill(67), fill(61));
-            let w: Vec<f32> = (0..d).map(|i| (i % 13) as f32 / 13.0).collect();
-            let mut y = vec![0.0f32; t * h * d];
-            let arrays = if name == "gated" { 3 } else { 2 };
-            let mut group = c.benchmark_group(format!("norm/{name}/T{t}"));
-            group.sample_size(20).throughput(Throughput::Bytes(4 * arrays * (t * h * d) as u64));
-            for variant in Op::variants().into_iter().filter(|v| v.isa().available()) {
-                assert_passed(&run_on::<Norm>(&Options::default(), &[variant]).expect("known names"));
-                let exec = Exec::variant(variant).parts(1);
-                group.bench_function(BenchmarkId::from_parameter(variant.name()), |bench| {
-                    bench.iter(|| {
-                        let z = View::new(&z, [t, h, d]).expect("sized");
-                        let kind = if name == "gated" { Kind::RmsGated { w: Some(&w), z } } else { Kind::RmsPlus1(&w) };
-                        let args = norm::Args {
-                            y: ViewMut::new(&mut y, [t, h, d]).expect("sized"),
-                            x: Some(View::new(&x, [t, h, d]).expect("sized")),
-                            kind,
-                            eps: 1e-6,
-                        };
-                        norm::run(args, &exec).expect("accepted")
-                    })
-                });
-            }
-            group.finish();
+    for t in [1, 512] {
+        for (kind, h, d) in [(Kind::Rms, 1, 2048), (Kind::Gated, 32, 128), (Kind::L2, 16, 128)] {
+            common::variants(c, &format!("norm/{kind}/{h}x{d}/t{t}"), Norm::new(kind, t, h, d));
         }
     }
 }
 
-criterion_group!(benches, bench);
+criterion_group! {
+    name = benches;
+    config = common::config();
+    targets = bench
+}
 criterion_main!(benches);

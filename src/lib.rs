@@ -27,8 +27,10 @@
 //! | [`gated_delta`] | the gated delta rule |
 //! | [`matmul`] | Y = X Wᵀ with quantised W |
 //! | [`moe`] | router, grouping and expert feed-forward |
+//! | [`activations`] | f32 activations to 8 bits |
 //! | [`norm`] | RMS norms, gated RMS norm, L2 norm |
 //! | [`quant`] | block formats to and from f32 |
+//! | [`repack`] | weights into interleaved rows |
 //! | [`rope`] | partial rotary embedding |
 //! | [`solve_tri`] | batched triangular solve and inverse |
 //!
@@ -40,6 +42,7 @@
 #[rustfmt::skip]
 pub mod ffi;
 
+pub mod activations;
 pub mod attention;
 pub mod causal_conv;
 pub mod dtype;
@@ -50,6 +53,7 @@ pub mod moe;
 pub mod norm;
 pub mod operator;
 pub mod quant;
+pub mod repack;
 pub mod rope;
 pub mod solve_tri;
 mod status;

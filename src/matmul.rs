@@ -1,7 +1,8 @@
 //! Y = X Wᵀ with quantised W (`csrc/matmul/matmul.h`).
 
 use crate::operator::{operator, Exec};
-use crate::{ffi, Error, View, ViewMut, Weight};
+use crate::activations::Rows;
+use crate::{ffi, Error, ViewMut, Weight};
 
 operator!(
     "matmul",
@@ -16,14 +17,15 @@ operator!(
 pub struct Args<'a> {
     /// Output, `[M][N]`.
     pub y: ViewMut<'a, 2>,
-    /// Activations, `[M][K]`.
-    pub x: View<'a, 2>,
+    /// Activations, `[M][K]`, f32 or quantised for w.
+    pub x: Rows<'a>,
     /// Weights, `[N][K]`.
     pub w: Weight<'a, 2>,
 }
 
 /// y\[m\]\[n\] = Σ x\[m\]\[k\] w\[n\]\[k\]; a batch gives the same bits as its rows one at a time. Errors: shapes
-/// that do not fit together, overlapping output strides.
+/// that do not fit together, activations of another type, interleaved weights whose rows are no multiple of 16,
+/// overlapping output strides.
 pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
     let ([m, n], [_, k]) = (args.y.shape(), args.x.shape());
     args.x.expect("x", [m, k])?;
@@ -34,8 +36,9 @@ pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
         x: args.x.as_ptr(),
         w: args.w.as_ptr(),
         dtype: args.w.dtype().0,
+        x_dtype: args.x.dtype().0,
         y_m: args.y.stride(0),
-        x_m: args.x.stride(0),
+        x_m: args.x.stride(),
         w_n: args.w.stride(0),
         M: m as i64,
         N: n as i64,

@@ -10,11 +10,11 @@
 //! let routing = moe::Routing::route(View::new(&logits, [1, 3])?, 2, true, &Default::default())?;
 //! assert_eq!(routing.ids(), [1, 2]);
 //! let zeros = vec![0u8; 3 * 4 * 8 * 4]; // [E][F][D] or [E][D][F] of f32, all zero
-//! let (x, mut y, mut h) = ([1.0f32; 8], [f32::NAN; 8], Vec::new());
+//! let (x, mut y, mut h) = ([1.0f32; 8], [f32::NAN; 8], Default::default());
 //! moe::run(
 //!     moe::Args {
 //!         y: ViewMut::new(&mut y, [1, 8])?,
-//!         x: View::new(&x, [1, 8])?,
+//!         x: View::new(&x, [1, 8])?.into(),
 //!         gate: Weight::new(&zeros, DType::F32, [3, 4, 8])?,
 //!         up: Weight::new(&zeros, DType::F32, [3, 4, 8])?,
 //!         down: Weight::new(&zeros, DType::F32, [3, 8, 4])?,
@@ -28,7 +28,8 @@
 //! # Ok::<(), qwen3next_kernels::Error>(())
 //! ```
 
-use crate::{Error, Exec, View, ViewMut, Weight};
+use crate::activations::{self, Q8, Rows};
+use crate::{DType, Error, Exec, View, ViewMut, Weight};
 
 /// Which tokens go to which experts, with which weights. Made only by the router or from checked ids, so the
 /// grouping in it is always valid.
@@ -132,8 +133,9 @@ fn pairs(tokens: usize, top_k: usize) -> Result<usize, Error> {
 pub struct Args<'a> {
     /// Output, `[T][D]`.
     pub y: ViewMut<'a, 2>,
-    /// Activations, `[T][D]`.
-    pub x: View<'a, 2>,
+    /// Activations, `[T][D]`, f32 or quantised for gate and up. The hidden activations follow them: f32, or quantised
+    /// for down.
+    pub x: Rows<'a>,
     /// Gate projections, `[E][F][D]`; a merged tensor is cut by [`Weight::split_gate_up`].
     pub gate: Weight<'a, 3>,
     /// Up projections, `[E][F][D]`.
@@ -144,15 +146,24 @@ pub struct Args<'a> {
     pub routing: &'a Routing,
     /// Add to y instead of overwriting it.
     pub accumulate: bool,
-    /// Working memory: resized to T * top_k * F, so that a warm buffer is not allocated anew. Contents are free.
-    pub h: &'a mut Vec<f32>,
+    /// Working memory, which a warm call does not allocate anew. Contents are free.
+    pub h: &'a mut Hidden,
 }
 
-/// How [`run`] runs its two steps.
+/// Hidden activations of all pairs, `[T * top_k][F]`: f32 from up, quantised for down where x was.
+#[derive(Debug, Clone, Default)]
+pub struct Hidden {
+    floats: Vec<f32>,
+    quantized: Q8,
+}
+
+/// How [`run`] runs its steps.
 #[derive(Default, Clone)]
 pub struct Execs {
     /// Gate and up.
     pub up: Exec<up::Op>,
+    /// Quantising the hidden activations.
+    pub activations: Exec<activations::Op>,
     /// Down and combine.
     pub down: Exec<down::Op>,
 }
@@ -168,11 +179,19 @@ pub fn run(args: Args, execs: &Execs) -> Result<(), Error> {
     // Shapes are checked before memory is taken for them.
     down.expect("down", [routing.experts, y.shape()[1], f])?;
     gate.expect("gate", [routing.experts, f, x.shape()[1]])?;
-    if h.len() < len {
-        h.resize(len, 0.0);
+    if h.floats.len() < len {
+        h.floats.resize(len, 0.0);
     }
-    up::run(up::Args { h: &mut h[..len], x, gate, up, routing }, &execs.up)?;
-    down::run(down::Args { y, h: &h[..len], down, routing, accumulate }, &execs.down)
+    up::run(up::Args { h: &mut h.floats[..len], x, gate, up, routing }, &execs.up)?;
+    let hidden = View::new(&h.floats[..len], [pairs, f])?;
+    let suits = down.dtype().activations();
+    let hidden = if x.dtype() == DType::F32 || suits == DType::F32 {
+        hidden.into()
+    } else {
+        h.quantized.quantize(suits, hidden, &execs.activations)?;
+        (&h.quantized).into()
+    };
+    down::run(down::Args { y, h: hidden, down, routing, accumulate }, &execs.down)
 }
 
 /// Router logits to experts and weights.
@@ -292,7 +311,8 @@ pub mod group {
 pub mod up {
     use super::Routing;
     use crate::operator::{operator, Exec};
-    use crate::{ffi, Error, View, Weight};
+    use crate::activations::Rows;
+    use crate::{ffi, Error, Weight};
 
     operator!(
         "moe_up",
@@ -307,8 +327,8 @@ pub mod up {
     pub struct Args<'a> {
         /// Output, `[T * top_k][F]`.
         pub h: &'a mut [f32],
-        /// Activations, `[T][D]`.
-        pub x: View<'a, 2>,
+        /// Activations, `[T][D]`, f32 or quantised for gate and up.
+        pub x: Rows<'a>,
         /// Gate projections, `[E][F][D]`.
         pub gate: Weight<'a, 3>,
         /// Up projections, `[E][F][D]`.
@@ -337,7 +357,8 @@ pub mod up {
             offsets: args.routing.offsets.as_ptr(),
             gate_dtype: args.gate.dtype().0,
             up_dtype: args.up.dtype().0,
-            x_t: args.x.stride(0),
+            x_dtype: args.x.dtype().0,
+            x_t: args.x.stride(),
             gate_e: args.gate.stride(0),
             gate_f: args.gate.stride(1),
             up_e: args.up.stride(0),
@@ -359,6 +380,7 @@ pub mod up {
 pub mod down {
     use super::Routing;
     use crate::operator::{operator, Exec};
+    use crate::activations::Rows;
     use crate::{ffi, Error, ViewMut, Weight};
 
     operator!(
@@ -374,8 +396,8 @@ pub mod down {
     pub struct Args<'a> {
         /// Output, `[T][D]`.
         pub y: ViewMut<'a, 2>,
-        /// Hidden activations, `[T * top_k][F]`.
-        pub h: &'a [f32],
+        /// Hidden activations, `[T * top_k][F]`, packed; f32 or quantised for down.
+        pub h: Rows<'a>,
         /// Down projections, `[E][D][F]`.
         pub down: Weight<'a, 3>,
         /// Who goes where.
@@ -391,8 +413,9 @@ pub mod down {
         let (pairs, [_, d, f]) = (tokens * top_k, args.down.shape());
         args.y.expect("y", [tokens, d])?;
         args.down.expect("down", [experts, d, f])?;
-        if Some(args.h.len()) != pairs.checked_mul(f) {
-            return Err(Error::Shape { arg: "h", got: vec![args.h.len()], expected: vec![pairs, f] });
+        args.h.expect("h", [pairs, f])?;
+        if pairs > 1 && args.h.stride() != f as i64 {
+            return Err(Error::argument("h", "has gaps between its rows"));
         }
         let raw = ffi::q3n_moe_down_args {
             struct_bytes: size_of::<ffi::q3n_moe_down_args>() as u64,
@@ -403,6 +426,7 @@ pub mod down {
             order: args.routing.order.as_ptr(),
             offsets: args.routing.offsets.as_ptr(),
             dtype: args.down.dtype().0,
+            h_dtype: args.h.dtype().0,
             accumulate: args.accumulate.into(),
             y_t: args.y.stride(0),
             down_e: args.down.stride(0),

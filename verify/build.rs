@@ -38,6 +38,8 @@ fn main() {
     println!("cargo:rerun-if-changed={}", csrc.display());
     println!("cargo:rerun-if-changed=src/mutants/catalogue.rs");
     println!("cargo:rerun-if-env-changed=Q3N_CFLAGS");
+    let library = PathBuf::from(std::env::var_os("DEP_QWEN3NEXT_KERNELS_LIB").expect("set by the library's build"));
+    println!("cargo:rustc-env=Q3N_LIBRARY={}", library.join("libq3n.a").display());
 
     let mut copies: Vec<Copy> = Vec::new();
     let mut controls: Vec<Copy> = Vec::new();

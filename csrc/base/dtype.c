@@ -5,19 +5,47 @@
 typedef struct {
   q3n_dtype dtype;
   int32_t block, bytes;
-  const char *name;
+  const char *name, *name_r16; /* NULL: no interleaved form */
 } dtype_row;
 
 static const dtype_row rows[] = {
-    {Q3N_F32, 1, 4, "f32"},      {Q3N_F16, 1, 2, "f16"},      {Q3N_BF16, 1, 2, "bf16"},
-    {Q3N_Q8_0, 32, 34, "q8_0"},  {Q3N_Q4_0, 32, 18, "q4_0"},  {Q3N_Q4_K, 256, 144, "q4_k"},
-    {Q3N_Q5_K, 256, 176, "q5_k"}, {Q3N_Q6_K, 256, 210, "q6_k"},
+#define PLAIN(dtype, bytes, name) {dtype, 1, bytes, name, NULL},
+#define BLOCKS(dtype, block, bytes, name) {dtype, block, bytes, name, name "_r16"},
+#define ACTIVATIONS(dtype, block, bytes, name) {dtype, block, bytes, name, NULL},
+    PLAIN(Q3N_F32, 4, "f32")
+    PLAIN(Q3N_F16, 2, "f16")
+    PLAIN(Q3N_BF16, 2, "bf16")
+    BLOCKS(Q3N_Q8_0, 32, 34, "q8_0")
+    BLOCKS(Q3N_Q4_0, 32, 18, "q4_0")
+    BLOCKS(Q3N_Q4_1, 32, 20, "q4_1")
+    BLOCKS(Q3N_Q5_0, 32, 22, "q5_0")
+    BLOCKS(Q3N_Q5_1, 32, 24, "q5_1")
+    BLOCKS(Q3N_Q2_K, 256, 84, "q2_k")
+    BLOCKS(Q3N_Q3_K, 256, 110, "q3_k")
+    BLOCKS(Q3N_Q4_K, 256, 144, "q4_k")
+    BLOCKS(Q3N_Q5_K, 256, 176, "q5_k")
+    BLOCKS(Q3N_Q6_K, 256, 210, "q6_k")
+    BLOCKS(Q3N_IQ4_NL, 32, 18, "iq4_nl")
+    BLOCKS(Q3N_IQ4_XS, 256, 136, "iq4_xs")
+    BLOCKS(Q3N_MXFP4, 32, 17, "mxfp4")
+    ACTIVATIONS(Q3N_Q8_X32, 32, 40, "q8_x32")
+    ACTIVATIONS(Q3N_Q8_X256, 256, 320, "q8_x256")
 };
 
 static const dtype_row *find(q3n_dtype dtype) {
   for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
-    if (rows[i].dtype == dtype) return &rows[i];
+    if (rows[i].dtype == q3n_dtype_rows(dtype)) return dtype & Q3N_R16 && !rows[i].name_r16 ? NULL : &rows[i];
   return NULL;
+}
+
+q3n_dtype q3n_dtype_rows(q3n_dtype dtype) { return (q3n_dtype)((uint32_t)dtype & ~(uint32_t)Q3N_R16); }
+
+q3n_dtype q3n_dtype_activations(q3n_dtype dtype) {
+  switch (q3n_dtype_block(dtype)) {
+    case 32: return Q3N_Q8_X32;
+    case 256: return Q3N_Q8_X256;
+    default: return Q3N_F32;
+  }
 }
 
 int64_t q3n_dtype_block(q3n_dtype dtype) {
@@ -38,5 +66,5 @@ int64_t q3n_dtype_bytes(q3n_dtype dtype, int64_t n) {
 
 const char *q3n_dtype_name(q3n_dtype dtype) {
   const dtype_row *r = find(dtype);
-  return r ? r->name : "";
+  return !r ? "" : dtype & Q3N_R16 ? r->name_r16 : r->name;
 }

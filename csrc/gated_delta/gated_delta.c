@@ -158,6 +158,7 @@ static const struct {
     {INT64_MAX, "chunked32_avx512"},
     {Q3N_GATED_DELTA_TAIL, "recurrent_avx2"},
     {INT64_MAX, "chunked32_avx2"},
+    {INT64_MAX, "recurrent_neon"}, /* by its count of instructions, not by a measurement */
     {Q3N_GATED_DELTA_TAIL, "recurrent_scalar"},
     {INT64_MAX, "chunked16_scalar"},
 };

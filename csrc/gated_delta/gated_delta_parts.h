@@ -30,6 +30,7 @@ int64_t q3n_gated_delta_recurrent_avx512_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_chunked32_avx512_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_recurrent_avx2_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_chunked32_avx2_scratch(const q3n_gated_delta_args *a);
+int64_t q3n_gated_delta_neon_scratch(const q3n_gated_delta_args *a);
 
 /* The arrays of one sequence and value head: slots, head map and cu_seqlens are resolved here and nowhere else. */
 typedef struct gd_head {

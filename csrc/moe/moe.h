@@ -2,6 +2,8 @@
 
    The shared expert is the same with E = top_k = 1 and weights = sigmoid(x . w_shared_gate), accumulated; a dense
    feed-forward is the same with weights NULL. Experts that no token chose are never read.
+   Activations x and h are f32, or quantised once a row for the weights they meet (csrc/quant/activations.h); weights
+   may be interleaved (Q3N_R16: F, of down D, a multiple of 16, and packed rows), as in csrc/matmul/matmul.h.
    Sizes up to T 2^24, D and F 2^22, E and top_k 65536; 0 is legal unless said. */
 #ifndef Q3N_MOE_H
 #define Q3N_MOE_H
@@ -45,12 +47,13 @@ Q3N_DECLARE_OPERATOR(moe_group);
 typedef struct q3n_moe_up_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_up_args) */
   float *h;              /* [T * top_k][F], contiguous */
-  const float *x;        /* [T][D] */
+  const void *x;         /* [T][D] of x_dtype; 4-byte aligned */
   const void *gate;      /* [E][F][D] of gate_dtype; in merged gate_up tensors gate and up point into one tensor */
   const void *up;        /* [E][F][D] of up_dtype */
   const int64_t *order;  /* from group */
   const int64_t *offsets;
   q3n_dtype gate_dtype, up_dtype;
+  q3n_dtype x_dtype;      /* Q3N_F32, or q3n_dtype_activations of gate and of up */
   int64_t x_t;            /* strides in elements; those of weights are multiples of the block */
   int64_t gate_e, gate_f;
   int64_t up_e, up_f;
@@ -64,12 +67,13 @@ Q3N_DECLARE_OPERATOR(moe_up);
 typedef struct q3n_moe_down_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_down_args) */
   float *y;              /* [T][D] */
-  const float *h;        /* [T * top_k][F], contiguous */
+  const void *h;         /* [T * top_k][F] of h_dtype, contiguous; 4-byte aligned */
   const float *weights;  /* [T][top_k], contiguous; NULL: 1 */
   const void *down;      /* [E][D][F] of dtype */
   const int64_t *order;  /* from group */
   const int64_t *offsets;
   q3n_dtype dtype;
+  q3n_dtype h_dtype;      /* Q3N_F32 or q3n_dtype_activations(dtype) */
   int32_t accumulate;     /* 1: add to y; 0: y is overwritten */
   int64_t y_t;            /* strides in elements */
   int64_t down_e, down_d;

@@ -77,7 +77,7 @@ q3n_status q3n_moe_group_scalar(const q3n_moe_group_args *a, int64_t begin, int6
 static float silu(float x) { return x / (1.0f + expf(-x)); }
 
 q3n_status q3n_moe_up_scalar(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch) {
-  float *gate_rows = scratch, *up_rows = gate_rows + q3n_moe_rows_bytes(a->D) / (int64_t)sizeof(float);
+  float *gate_rows = scratch, *up_rows = gate_rows + Q3N_MOE_ROWS * a->D, *decoded = up_rows + Q3N_MOE_ROWS * a->D;
   for (int64_t item = begin; item < end; item++) {
     const int64_t first = item * Q3N_MOE_ROWS;
     const int64_t count = a->F - first < Q3N_MOE_ROWS ? a->F - first : Q3N_MOE_ROWS;
@@ -91,7 +91,7 @@ q3n_status q3n_moe_up_scalar(const q3n_moe_up_args *a, int64_t begin, int64_t en
 
       for (int64_t i = from; i < to; i++) {
         const int64_t pair = a->order[i];
-        const float *x = a->x + pair / a->top_k * a->x_t;
+        const float *x = q3n_floats(a->x, a->x_dtype, pair / a->top_k * a->x_t, a->D, decoded);
         float *h = a->h + pair * a->F + first;
         for (int64_t r = 0; r < count; r++) h[r] = silu(q3n_dot(gate[r], x, a->D)) * q3n_dot(up[r], x, a->D);
       }
@@ -103,7 +103,8 @@ q3n_status q3n_moe_up_scalar(const q3n_moe_up_args *a, int64_t begin, int64_t en
 /* An expert's rows meet all its pairs at once, but a token's choices are added in their own order: so the dots wait in
    scratch, and a token's sum does not depend on who else is in the batch. */
 q3n_status q3n_moe_down_scalar(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch) {
-  float *down_rows = scratch, *dots = down_rows + q3n_moe_rows_bytes(a->F) / (int64_t)sizeof(float);
+  float *down_rows = scratch, *decoded = down_rows + Q3N_MOE_ROWS * a->F;
+  float *dots = down_rows + q3n_moe_rows_bytes(Q3N_MOE_ROWS + 1, a->F) / (int64_t)sizeof(float);
   for (int64_t item = begin; item < end; item++) {
     const int64_t first = item * Q3N_MOE_ROWS;
     const int64_t count = a->D - first < Q3N_MOE_ROWS ? a->D - first : Q3N_MOE_ROWS;
@@ -114,8 +115,8 @@ q3n_status q3n_moe_down_scalar(const q3n_moe_down_args *a, int64_t begin, int64_
       q3n_rows(down, count, q3n_element(a->down, a->dtype, e * a->down_e), a->dtype, first, a->down_d, a->F, down_rows);
       for (int64_t i = from; i < to; i++) {
         const int64_t pair = a->order[i];
-        for (int64_t r = 0; r < count; r++)
-          dots[pair * Q3N_MOE_ROWS + r] = q3n_dot(down[r], a->h + pair * a->F, a->F);
+        const float *h = q3n_floats(a->h, a->h_dtype, pair * a->F, a->F, decoded);
+        for (int64_t r = 0; r < count; r++) dots[pair * Q3N_MOE_ROWS + r] = q3n_dot(down[r], h, a->F);
       }
     }
 

@@ -3,11 +3,14 @@
 #include "../base/check.h"
 #include "quant_block.h"
 
+/* Interleaved weights and activations have operators of their own. */
+static int is_row_type(q3n_dtype dtype) { return dtype == q3n_dtype_rows(dtype) && dtype < Q3N_Q8_X32; }
+
 q3n_status q3n_dequantize_check(const q3n_dequantize_args *a) {
   Q3N_REFUSE(!a, NULL, ARGS);
   Q3N_REFUSE(a->struct_bytes != sizeof *a, ABI, STRUCT_BYTES);
   const int64_t block = q3n_dtype_block(a->dtype);
-  Q3N_REFUSE(block == 0, DTYPE, DTYPE);
+  Q3N_REFUSE(block == 0 || !is_row_type(a->dtype), DTYPE, DTYPE);
   Q3N_REFUSE(a->rows < 0, SIZE, R);
   Q3N_REFUSE(a->N < 0 || a->N % block, SIZE, N);
 
@@ -28,7 +31,7 @@ q3n_status q3n_quantize_check(const q3n_quantize_args *a) {
   Q3N_REFUSE(!a, NULL, ARGS);
   Q3N_REFUSE(a->struct_bytes != sizeof *a, ABI, STRUCT_BYTES);
   const int64_t block = q3n_dtype_block(a->dtype);
-  Q3N_REFUSE(block == 0, DTYPE, DTYPE);
+  Q3N_REFUSE(block == 0 || !is_row_type(a->dtype), DTYPE, DTYPE);
   Q3N_REFUSE(a->rows < 0, SIZE, R);
   Q3N_REFUSE(a->N < 0 || a->N % block, SIZE, N);
 

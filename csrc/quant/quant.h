@@ -2,10 +2,11 @@
    address.
 
    Dequantising gives the values that gguf-py gives, bit for bit. Quantising: f16 and bf16 round to nearest even, past
-   the largest value to infinity, and keep NaN. Q8_0 and Q4_0 are ggml's: the absolutely largest element sets the
-   scale. The K types search scales for the least squared error and are never worse than the plain minimum-maximum
-   (Q6_K: largest element) scale. A block with a NaN or an infinity, or too large for its f16 scale, has no finite
-   scale: all of it decodes to NaN or infinity, never to wrong finite values. f32 <-> f32 copies. */
+   the largest value to infinity, and keep NaN. Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4 give ggml's bytes: the extremes
+   set the scale. The K types and IQ4 search scales for the least squared error and are never worse than the scale that
+   the extremes set. A block with a NaN or an infinity, or too large for its f16 scale, has no finite scale: all of it
+   decodes to NaN or infinity, never to wrong finite values. MXFP4 has no NaN, and its scale reaches every finite
+   value; a block with a NaN or an infinity decodes to infinities. f32 <-> f32 copies. */
 #ifndef Q3N_QUANT_H
 #define Q3N_QUANT_H
 

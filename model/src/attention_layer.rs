@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::ubatch::{add_rows, project, Packed};
+use crate::ubatch::{add_rows, project, project_rows, Buffers, Input, Packed};
 use crate::weights::Attention;
 use qwen3next_kernels::attention::{self, Kv};
 use qwen3next_kernels::{norm, rope, Exec, View, ViewMut};
@@ -15,6 +15,7 @@ pub(crate) fn add(
     values: &mut [f32],
     packed: &Packed,
     normed: &[f32],
+    buffers: &mut Buffers,
     x: &mut [f32],
 ) -> Result<(), Error> {
     let a = &config.attention;
@@ -23,12 +24,14 @@ pub(crate) fn add(
     let slots = keys.len() / entry.max(1);
 
     // Per head the D channels of q, then the D channels of the gate.
-    let mut qg = vec![0.0f32; t * hq * 2 * d];
-    project(&w.q, normed, &mut qg)?;
-    let mut k = vec![0.0f32; t * hkv * d];
-    project(&w.k, normed, &mut k)?;
-    let mut v = vec![0.0f32; t * hkv * d];
-    project(&w.v, normed, &mut v)?;
+    let input = Input::new(normed, config.hidden, packed.quantize, [&w.q, &w.k, &w.v], buffers)?;
+    let mut qg = buffers.take(t * hq * 2 * d);
+    project(&w.q, &input, &mut qg)?;
+    let mut k = buffers.take(t * hkv * d);
+    project(&w.k, &input, &mut k)?;
+    let mut v = buffers.take(t * hkv * d);
+    project(&w.v, &input, &mut v)?;
+    input.give(buffers);
 
     prepare(config, &mut qg, [t, hq, d], 2 * d, &w.q_norm, packed)?;
     prepare(config, &mut k, [t, hkv, d], d, &w.k_norm, packed)?;
@@ -42,7 +45,7 @@ pub(crate) fn add(
         }
     }
 
-    let mut o = vec![0.0f32; t * hq * d];
+    let mut o = buffers.take(t * hq * d);
     let cache = [slots, packed.capacity, hkv, d];
     let strides = [t * hq * 2 * d, hq * 2 * d, 2 * d, 1];
     attention::run_split(
@@ -64,9 +67,10 @@ pub(crate) fn add(
         },
         &Exec::default(),
     )?;
-    let mut y = vec![0.0f32; x.len()];
-    project(&w.o, &o, &mut y)?;
+    let mut y = buffers.take(x.len());
+    project_rows(&w.o, &o, &mut y, packed.quantize, buffers)?;
     add_rows(x, &y);
+    [qg, k, v, o, y].into_iter().for_each(|buffer| buffers.give(buffer));
     Ok(())
 }
 

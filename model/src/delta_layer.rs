@@ -2,35 +2,10 @@
 
 use crate::config::{Config, HeadMap};
 use crate::error::Error;
-use crate::ubatch::{add_rows, project, sigmoid, Packed};
+use crate::ubatch::{add_rows, project, project_rows, sigmoid, Buffers, Input, Packed};
 use crate::weights::Delta;
 use qwen3next_kernels::gated_delta::{self, Gate, LogDecay};
 use qwen3next_kernels::{causal_conv, norm, Exec, View, ViewMut};
-use std::cell::RefCell;
-
-/// Activations of a call, kept by the thread for its next one. Memory fresh from the system is paid page by page: at
-/// T = 512 five times what the delta rule itself takes.
-#[derive(Default)]
-struct Buffers {
-    qkv: Vec<f32>,
-    z: Vec<f32>,
-    ba: Vec<f32>,
-    mixed: Vec<f32>,
-    o: Vec<f32>,
-    y: Vec<f32>,
-}
-
-thread_local! {
-    static BUFFERS: RefCell<Buffers> = RefCell::default();
-}
-
-/// The first n elements, whatever they hold.
-fn room(buffer: &mut Vec<f32>, n: usize) -> &mut [f32] {
-    if buffer.len() < n {
-        buffer.resize(n, 0.0);
-    }
-    &mut buffer[..n]
-}
 
 /// x += layer(normed). `steps` gets, for every token, the window and the delta state after it (where it is not empty).
 #[allow(clippy::too_many_arguments)]
@@ -41,21 +16,7 @@ pub(crate) fn add(
     states: &mut [f32],
     packed: &Packed,
     normed: &[f32],
-    x: &mut [f32],
-    steps: &mut [Vec<f32>],
-) -> Result<(), Error> {
-    BUFFERS.with_borrow_mut(|buffers| add_in(buffers, config, w, windows, states, packed, normed, x, steps))
-}
-
-#[allow(clippy::too_many_arguments)]
-fn add_in(
     buffers: &mut Buffers,
-    config: &Config,
-    w: &Delta,
-    windows: &mut [f32],
-    states: &mut [f32],
-    packed: &Packed,
-    normed: &[f32],
     x: &mut [f32],
     steps: &mut [Vec<f32>],
 ) -> Result<(), Error> {
@@ -63,20 +24,22 @@ fn add_in(
     let (t, hk, hv, kd, vd) = (packed.tokens, d.k_heads, d.v_heads, d.k_dim, d.v_dim);
     let (channels, values, window) = (d.conv_channels(), d.value_channels(), d.conv_width - 1);
 
-    let qkv = room(&mut buffers.qkv, t * channels);
-    project(&w.qkv, normed, qkv)?;
-    let z = room(&mut buffers.z, t * values);
-    project(&w.z, normed, z)?;
-    let ba = room(&mut buffers.ba, t * 2 * hv);
-    project(&w.ba, normed, ba)?;
+    let input = Input::new(normed, config.hidden, packed.quantize, [&w.qkv, &w.z, &w.ba], buffers)?;
+    let mut qkv = buffers.take(t * channels);
+    project(&w.qkv, &input, &mut qkv)?;
+    let mut z = buffers.take(t * values);
+    project(&w.z, &input, &mut z)?;
+    let mut ba = buffers.take(t * 2 * hv);
+    project(&w.ba, &input, &mut ba)?;
+    input.give(buffers);
 
-    let mixed = room(&mut buffers.mixed, t * channels);
+    let mut mixed = buffers.take(t * channels);
     let mut window_steps = vec![0.0f32; steps.len() * channels * window];
     let slots = windows.len() / (channels * window).max(1);
     causal_conv::run(
         causal_conv::Args {
-            y: ViewMut::new(mixed, [1, t, channels])?,
-            x: View::new(qkv, [1, t, channels])?,
+            y: ViewMut::new(&mut mixed, [1, t, channels])?,
+            x: View::new(&qkv, [1, t, channels])?,
             w: View::new(&w.conv, [channels, d.conv_width])?,
             bias: None,
             state: match window {
@@ -95,14 +58,14 @@ fn add_in(
         &Exec::default(),
     )?;
 
-    let (g, beta) = gates(d.group(), hv, ba, w);
-    let o = room(&mut buffers.o, t * values);
+    let (g, beta) = gates(d.group(), hv, &ba, w);
+    let mut o = buffers.take(t * values);
     let mut state_steps = vec![0.0f32; steps.len() * hv * vd * kd];
     let keys = hk * kd;
     let slots = states.len() / (hv * vd * kd);
     gated_delta::run(
         gated_delta::Args {
-            o: ViewMut::new(o, [1, t, hv, vd])?,
+            o: ViewMut::new(&mut o, [1, t, hv, vd])?,
             snapshots: match state_steps.is_empty() {
                 true => None,
                 false => Some(ViewMut::new(&mut state_steps, [1, t, hv, vd, kd])?),
@@ -111,7 +74,7 @@ fn add_in(
                 pool: ViewMut::new(states, [slots, hv, vd, kd])?,
                 slots: Some(&packed.slots),
             },
-            q: View::strided(mixed, [1, t, hk, kd], [t * channels, channels, kd, 1])?,
+            q: View::strided(&mixed, [1, t, hk, kd], [t * channels, channels, kd, 1])?,
             k: View::strided(&mixed[keys..], [1, t, hk, kd], [t * channels, channels, kd, 1])?,
             v: View::strided(&mixed[2 * keys..], [1, t, hv, vd], [t * channels, channels, vd, 1])?,
             gate: Gate::Scalar(LogDecay::unchecked(View::new(&g, [1, t, hv])?)),
@@ -132,13 +95,14 @@ fn add_in(
         step.extend_from_slice(&state_steps[i * hv * vd * kd..(i + 1) * hv * vd * kd]);
     }
 
-    let gated = norm::Kind::RmsGated { w: Some(&w.norm), z: View::new(z, [t, hv, vd])? };
-    let args = norm::Args { y: ViewMut::new(o, [t, hv, vd])?, x: None, kind: gated, eps: config.norm_eps };
+    let gated = norm::Kind::RmsGated { w: Some(&w.norm), z: View::new(&z, [t, hv, vd])? };
+    let args = norm::Args { y: ViewMut::new(&mut o, [t, hv, vd])?, x: None, kind: gated, eps: config.norm_eps };
     norm::run(args, &Exec::default())?;
 
-    let y = room(&mut buffers.y, x.len());
-    project(&w.out, o, y)?;
-    add_rows(x, y);
+    let mut y = buffers.take(x.len());
+    project_rows(&w.out, &o, &mut y, packed.quantize, buffers)?;
+    add_rows(x, &y);
+    [qkv, z, ba, mixed, o, y].into_iter().for_each(|buffer| buffers.give(buffer));
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use crate::delta_layer;
 use crate::error::Error;
 use crate::moe_layer;
 use crate::state::{LayerState, State};
-use crate::ubatch::{norm_rows, project, Packed};
+use crate::ubatch::{norm_rows, project_rows, Buffers, Packed};
 use crate::weights::{Mixer, Weights};
 use qwen3next_kernels::quant::dequantize;
 use qwen3next_kernels::{gated_delta, Exec, Operator, Variant, ViewMut, Weight};
@@ -30,6 +30,16 @@ impl FusedDelta {
     }
 }
 
+/// What quantised weights meet; f32, f16 and bf16 weights always meet f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// f32: no error but that of the sums.
+    #[default]
+    F32,
+    /// 8 bits a value, with a scale a block: several times faster.
+    Q8,
+}
+
 /// How a forward pass runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
@@ -37,11 +47,13 @@ pub struct Options {
     pub ubatch: usize,
     /// Implementation of the delta rule.
     pub fused_delta: FusedDelta,
+    /// What quantised weights meet.
+    pub activations: Activations,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { ubatch: 512, fused_delta: FusedDelta::default() }
+        Options { ubatch: 512, fused_delta: FusedDelta::default(), activations: Activations::default() }
     }
 }
 
@@ -103,6 +115,11 @@ impl Model {
     /// A model of loaded weights.
     pub fn new(config: Config, weights: Weights) -> Model {
         Model { config, weights }
+    }
+
+    /// [`Weights::repack`].
+    pub fn repack(&mut self, progress: &mut dyn FnMut(u64, u64)) {
+        self.weights.repack(progress);
     }
 
     /// Its sizes.
@@ -177,22 +194,24 @@ impl Model {
     fn ubatch(&self, state: &mut State, pieces: &[Piece], options: &Options) -> Result<Vec<f32>, Error> {
         let packed = pack(state, pieces, options)?;
         let (n, width) = (packed.tokens, self.config.hidden);
-        let mut x = self.embed(pieces, n)?;
-        let mut normed = vec![0.0f32; n * width];
+        let mut buffers = std::mem::take(&mut state.buffers);
+        let mut x = buffers.take(n * width);
+        self.embed(pieces, &mut x)?;
+        let mut normed = buffers.take(n * width);
         let mut steps: Vec<Vec<f32>> = vec![Vec::new(); if packed.steps { n } else { 0 }];
         for (layer, memory) in self.weights.layers.iter().zip(&mut state.layers) {
             norm_rows(&mut normed, &x, width, &layer.attn_norm, self.config.norm_eps)?;
             match (&layer.mixer, memory) {
                 (Mixer::Delta(w), LayerState::Delta { conv, delta }) => {
-                    delta_layer::add(&self.config, w, conv, delta, &packed, &normed, &mut x, &mut steps)?;
+                    delta_layer::add(&self.config, w, conv, delta, &packed, &normed, &mut buffers, &mut x, &mut steps)?;
                 }
                 (Mixer::Attention(w), LayerState::Attention { k, v }) => {
-                    attention_layer::add(&self.config, w, k, v, &packed, &normed, &mut x)?;
+                    attention_layer::add(&self.config, w, k, v, &packed, &normed, &mut buffers, &mut x)?;
                 }
                 _ => return Err(Error::argument("state", "is of a model with other layer kinds")),
             }
             norm_rows(&mut normed, &x, width, &layer.post_attention_norm, self.config.norm_eps)?;
-            moe_layer::add(&self.config, &layer.ffn, &normed, &mut x)?;
+            moe_layer::add(&self.config, &layer.ffn, packed.quantize, &normed, &mut buffers, &mut x)?;
         }
         for (b, piece) in pieces.iter().enumerate() {
             let (begin, end) = (packed.cu_seqlens[b] as usize, packed.cu_seqlens[b + 1] as usize);
@@ -200,25 +219,28 @@ impl Model {
                 if packed.steps { steps[begin..end].iter_mut().map(std::mem::take).collect() } else { Vec::new() };
             state.advance(piece.slot, piece.tokens.len(), own);
         }
-        self.logits(pieces, &x)
+        let logits = self.logits(pieces, &x, packed.quantize, &mut buffers)?;
+        buffers.give(x);
+        buffers.give(normed);
+        state.buffers = buffers;
+        Ok(logits)
     }
 
-    fn embed(&self, pieces: &[Piece], n: usize) -> Result<Vec<f32>, Error> {
+    fn embed(&self, pieces: &[Piece], x: &mut [f32]) -> Result<(), Error> {
         let width = self.config.hidden;
         let table = &self.weights.token_embd;
-        let mut x = vec![0.0f32; n * width];
         let ids = pieces.iter().flat_map(|p| p.tokens);
         for (row, &id) in x.chunks_exact_mut(width).zip(ids) {
             let bytes = table.bytes().get(id as usize * table.row_bytes()..).unwrap_or(&[]);
             let one = Weight::new(bytes, table.dtype(), [1, width])?;
             dequantize::run(dequantize::Args { y: ViewMut::new(row, [1, width])?, x: one }, &Exec::default())?;
         }
-        Ok(x)
+        Ok(())
     }
 
-    fn logits(&self, pieces: &[Piece], x: &[f32]) -> Result<Vec<f32>, Error> {
+    fn logits(&self, pieces: &[Piece], x: &[f32], quantize: bool, buffers: &mut Buffers) -> Result<Vec<f32>, Error> {
         let (width, vocab) = (self.config.hidden, self.config.vocab);
-        let mut rows = Vec::new();
+        let mut rows = buffers.take(0);
         let mut at = 0;
         for piece in pieces {
             rows.extend_from_slice(&x[(at + piece.from) * width..(at + piece.tokens.len()) * width]);
@@ -226,12 +248,15 @@ impl Model {
         }
         let n = rows.len() / width;
         if n == 0 {
+            buffers.give(rows);
             return Ok(Vec::new());
         }
-        let mut normed = vec![0.0f32; n * width];
+        let mut normed = buffers.take(n * width);
         norm_rows(&mut normed, &rows, width, &self.weights.output_norm, self.config.norm_eps)?;
         let mut logits = vec![0.0f32; n * vocab];
-        project(&self.weights.output, &normed, &mut logits)?;
+        project_rows(&self.weights.output, &normed, &mut logits, quantize, buffers)?;
+        buffers.give(rows);
+        buffers.give(normed);
         Ok(logits)
     }
 }
@@ -280,6 +305,7 @@ fn pack(state: &State, pieces: &[Piece], options: &Options) -> Result<Packed, Er
         lengths: Vec::new(),
         capacity: state.capacity(),
         steps: state.depth() > 0 && pieces.iter().all(|p| p.tokens.len() <= state.depth()),
+        quantize: options.activations == Activations::Q8,
         delta: Exec::default(),
     };
     let mut longest = 0;

@@ -418,6 +418,17 @@ impl Gguf {
         self.order.iter().filter_map(|k| Some((k.as_str(), self.value(k)?)))
     }
 
+    /// All keys in the order of the file: name, type number and the bytes of the value.
+    pub(crate) fn raw_keys(&self) -> impl Iterator<Item = (&str, u32, &[u8])> {
+        let bytes = self.store.bytes();
+        self.order.iter().filter_map(move |key| {
+            let place = self.keys.get(key)?;
+            let mut cursor = Cursor { bytes, at: place.at };
+            cursor.skip(place.kind, 0).ok()?;
+            Some((key.as_str(), place.kind, bytes.get(place.at..cursor.at)?))
+        })
+    }
+
     /// Tensors in the order of the file.
     pub fn tensors(&self) -> &[Entry] {
         &self.tensors
@@ -611,6 +622,8 @@ pub enum Put {
     I32s(Vec<i32>),
     /// Array of truth values.
     Bools(Vec<bool>),
+    /// Any value as a file has it: type number and bytes.
+    Raw(u32, Vec<u8>),
 }
 
 /// Builds a GGUF file: keys and tensor shapes first, then the data, tensor by tensor.
@@ -694,6 +707,7 @@ impl Writer {
                 Put::I32(v) => plain(5, &v.to_le_bytes()),
                 Put::F32(v) => plain(6, &v.to_le_bytes()),
                 Put::Bool(v) => plain(7, &[u8::from(*v)]),
+                Put::Raw(kind, bytes) => plain(*kind, bytes),
                 Put::Str(v) => {
                     plain(STRING, &[]);
                     string(&mut out, v);

@@ -12,6 +12,7 @@
 //! | [`forward`] | tokens in, logits out |
 //! | [`generate`] | choosing the next token |
 //! | [`perplexity`] | likelihood of a text, divergence of two sets of logits |
+//! | [`quantize`] | a model with its matrices in another type |
 //! | [`synth`] | random weights in the real shapes |
 //! | [`whole`] | output files that are there whole or not at all |
 
@@ -29,6 +30,7 @@ mod load_gguf;
 mod load_hf;
 mod moe_layer;
 pub mod perplexity;
+pub mod quantize;
 pub mod safetensors;
 mod source;
 pub mod state;

@@ -2,35 +2,55 @@
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::ubatch::{project, sigmoid};
-use crate::weights::{Ffn, Swiglu, Tensor};
+use crate::ubatch::{project, sigmoid, Buffers, Input};
+use crate::weights::{Ffn, Tensor};
 use qwen3next_kernels::moe::{self, Routing};
 use qwen3next_kernels::{Exec, View, ViewMut, Weight};
+use rayon::prelude::*;
 
 /// x += ffn(normed).
-pub(crate) fn add(config: &Config, ffn: &Ffn, normed: &[f32], x: &mut [f32]) -> Result<(), Error> {
-    let (width, mut h) = (config.hidden, Vec::new());
+pub(crate) fn add(
+    config: &Config,
+    ffn: &Ffn,
+    quantize: bool,
+    normed: &[f32],
+    buffers: &mut Buffers,
+    x: &mut [f32],
+) -> Result<(), Error> {
+    let width = config.hidden;
     let t = x.len() / width;
     match ffn {
-        Ffn::Dense(w) => swiglu(w, Routing::dense(t, None)?, normed, x, &mut h),
+        Ffn::Dense(w) => {
+            let input = Input::new(normed, width, quantize, [&w.gate, &w.up], buffers)?;
+            feed(&w.gate, &w.up, &w.down, &Routing::dense(t, None)?, &input, buffers, x)?;
+            input.give(buffers);
+        }
         Ffn::Moe(w) => {
-            let mut logits = vec![0.0f32; t * config.moe.experts];
-            project(&w.router, normed, &mut logits)?;
-            let logits = View::new(&logits, [t, config.moe.experts])?;
-            let routing = Routing::route(logits, config.moe.top_k, config.moe.normalize, &Exec::default())?;
-            feed(&w.gate, &w.up, &w.down, &routing, normed, x, &mut h)?;
-            let Some(shared) = &w.shared else { return Ok(()) };
-            let weights = normed.chunks_exact(width).map(|row| {
-                let dot: f64 = row.iter().zip(&shared.gate_vec).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                sigmoid(dot as f32)
-            });
-            swiglu(&shared.expert, Routing::dense(t, Some(weights.collect()))?, normed, x, &mut h)
+            let shared = w.shared.iter().flat_map(|s| [&s.expert.gate, &s.expert.up]);
+            let weights = [&w.router, &w.gate, &w.up].into_iter().chain(shared);
+            let input = Input::new(normed, width, quantize, weights, buffers)?;
+            let mut logits = buffers.take(t * config.moe.experts);
+            project(&w.router, &input, &mut logits)?;
+            let rows = View::new(&logits, [t, config.moe.experts])?;
+            let routing = Routing::route(rows, config.moe.top_k, config.moe.normalize, &Exec::default())?;
+            buffers.give(logits);
+            feed(&w.gate, &w.up, &w.down, &routing, &input, buffers, x)?;
+            if let Some(shared) = &w.shared {
+                let gate = |row: &[f32]| {
+                    let dot: f64 = row.iter().zip(&shared.gate_vec).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    sigmoid(dot as f32)
+                };
+                let weights = match t {
+                    0..16 => input.floats().chunks_exact(width).map(gate).collect(),
+                    _ => input.floats().par_chunks_exact(width).map(gate).collect(),
+                };
+                let w = &shared.expert;
+                feed(&w.gate, &w.up, &w.down, &Routing::dense(t, Some(weights))?, &input, buffers, x)?;
+            }
+            input.give(buffers);
         }
     }
-}
-
-fn swiglu(w: &Swiglu, routing: Routing, normed: &[f32], x: &mut [f32], h: &mut Vec<f32>) -> Result<(), Error> {
-    feed(&w.gate, &w.up, &w.down, &routing, normed, x, h)
+    Ok(())
 }
 
 fn feed(
@@ -38,20 +58,20 @@ fn feed(
     up: &Tensor,
     down: &Tensor,
     routing: &Routing,
-    normed: &[f32],
+    input: &Input,
+    buffers: &mut Buffers,
     x: &mut [f32],
-    h: &mut Vec<f32>,
 ) -> Result<(), Error> {
     let (t, width) = (routing.tokens(), gate.cols());
     let args = moe::Args {
         y: ViewMut::new(x, [t, width])?,
-        x: View::new(normed, [t, width])?,
+        x: input.rows(&[gate, up])?,
         gate: experts(gate)?,
         up: experts(up)?,
         down: experts(down)?,
         routing,
         accumulate: true,
-        h,
+        h: &mut buffers.hidden,
     };
     Ok(moe::run(args, &moe::Execs::default())?)
 }

@@ -3,6 +3,7 @@
 
 use crate::config::{Config, LayerKind};
 use crate::error::Error;
+use crate::ubatch::Buffers;
 use std::collections::VecDeque;
 
 /// Memory of `slots` sequences of up to `capacity` tokens. All layouts are the kernels': innermost axis last.
@@ -20,6 +21,8 @@ pub struct State {
     /// Slots whose last batch failed halfway: their layers disagree on how many tokens they have read.
     spoilt: Vec<bool>,
     sizes: Sizes,
+    /// Working memory of forward passes, no part of what is remembered.
+    pub(crate) buffers: Buffers,
 }
 
 /// The state of one layer.
@@ -128,6 +131,7 @@ impl State {
             history: vec![VecDeque::new(); slots],
             spoilt: vec![false; slots],
             sizes,
+            buffers: Buffers::default(),
         })
     }
 

@@ -300,24 +300,38 @@ fn plan(what: &Synth) -> Plans {
 /// Where a block's f16 scales lie, and their size for values of deviation [`STD`] when all other bits are random.
 fn scales(dtype: DType) -> &'static [(usize, f32)] {
     match dtype {
+        // d * q + m, q in 0..16 or 0..32
+        DType::Q4_1 => &[(0, STD / 4.9), (2, -7.5 * STD / 4.9)],
+        DType::Q5_1 => &[(0, STD / 9.85), (2, -15.5 * STD / 9.85)],
+        // d * sc * q - dmin * m, sc and m in 0..16, q in 0..4
+        DType::Q2_K => &[(80, STD / 14.2), (82, 1.5 * STD / 14.2)],
         // d * sc * q - dmin * m, sc and m in 0..64, q in 0..16 or 0..32
         DType::Q4_K => &[(0, STD / 258.0), (2, 7.5 * STD / 258.0)],
         DType::Q5_K => &[(0, STD / 527.0), (2, 15.5 * STD / 527.0)],
+        // d * (sc - 32) * (q - 4), sc in 0..64, q in 0..8
+        DType::Q3_K => &[(108, STD / 43.8)],
         // d * sc * (q - 32), sc in -128..128, q in 0..64
         DType::Q6_K => &[(208, STD / 1360.0)],
         DType::Q8_0 => &[(0, STD / 74.0)],
         DType::Q4_0 => &[(0, STD / 4.6)],
+        DType::Q5_0 => &[(0, STD / 9.33)],
+        DType::IQ4_NL => &[(0, STD / 67.9)],
+        // d * (sc - 32) * level, sc in 0..64
+        DType::IQ4_XS => &[(0, STD / 1259.0)],
         _ => &[],
     }
 }
 
 /// Fills one row.
 fn draw(plan: &Plan, rng: &mut ChaCha8Rng, bytes: &mut [u8]) {
-    let at = scales(plan.dtype);
-    if !at.is_empty() {
+    if plan.dtype.block() > 1 {
         rng.fill_bytes(bytes);
         for block in bytes.chunks_exact_mut(plan.dtype.block_bytes()) {
-            for &(offset, scale) in at {
+            if let (DType::MXFP4, Some(exponent)) = (plan.dtype, block.first_mut()) {
+                // STD / 5.85 lies between two powers of two: so many of each have that mean square
+                *exponent = if rng.random_bool(0.687) { 120 } else { 119 };
+            }
+            for &(offset, scale) in scales(plan.dtype) {
                 let d = f16::from_f32(scale * rng.random_range(0.75..1.25));
                 if let Some(place) = block.get_mut(offset..offset + 2) {
                     place.copy_from_slice(&d.to_le_bytes());

@@ -6,7 +6,7 @@
 
 use crate::error::{shown, Error};
 use crate::file::read_text;
-use crate::gguf::{Array, Gguf, Value as Item};
+use crate::gguf::{Array, Gguf, Put, Value as Item};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,6 +27,7 @@ const MAX_STEPS: usize = 8;
 const NORMAL: i128 = 1;
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
+const UNUSED: i128 = 5;
 
 /// A tokenizer.
 pub struct Tokenizer {
@@ -315,6 +316,52 @@ impl Tokenizer {
     /// From a tokenizer.json; `vocab` is the number of embedding rows.
     pub fn from_json(path: &Path, vocab: usize) -> Result<Tokenizer, Error> {
         Self::parse_json(path, read_text(path, MAX_JSON)?, vocab)
+    }
+
+    /// The keys `tokenizer.ggml.*` (without that prefix) of a tokenizer that was read from the tokenizer.json at `path`.
+    /// Refused where its pre-tokenizer is not Qwen2's, which GGUF can only name.
+    pub(crate) fn gguf_keys(&self, path: &Path) -> Result<Vec<(&'static str, Put)>, Error> {
+        let bad = |why: String| Error::format(path, why);
+        let file: Json = serde_json::from_str(&read_text(path, MAX_JSON)?).map_err(|e| bad(shown(&e.to_string())))?;
+        let steps = file.pre_tokenizer.get("pretokenizers").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let is_qwen2 = match steps {
+            [split, level] => {
+                let flag = |key: &str| level.get(key).and_then(Value::as_bool);
+                split.get("pattern").and_then(|p| p.get("Regex")).and_then(Value::as_str) == Some(QWEN2_SPLIT)
+                    && level.get("type").and_then(Value::as_str) == Some("ByteLevel")
+                    && (flag("add_prefix_space"), flag("use_regex")) == (Some(false), Some(false))
+            }
+            _ => false,
+        };
+        if !is_qwen2 {
+            return Err(bad("pre_tokenizer: is not Qwen2's".into()));
+        }
+        // Rows of the embedding without a token have a name that no text makes.
+        let mut tokens: Vec<String> = (0..self.vocab).map(|id| format!("[PAD{id}]")).collect();
+        let mut types = vec![UNUSED as i32; self.vocab];
+        let normal = file.model.vocab.iter().map(|(token, &id)| (id, token, NORMAL));
+        let added =
+            file.added_tokens.iter().map(|t| (t.id, &t.content, if t.special { CONTROL } else { USER_DEFINED }));
+        for (id, token, kind) in normal.chain(added) {
+            if let (Some(to), Some(of)) = (tokens.get_mut(id as usize), types.get_mut(id as usize)) {
+                (*to, *of) = (token.clone(), kind as i32);
+            }
+        }
+        let merges = file.model.merges.into_iter().map(|merge| match merge {
+            Merge::Pair(a, b) => format!("{a} {b}"),
+            Merge::Joined(text) => text,
+        });
+        let mut keys = vec![
+            ("model", Put::Str("gpt2".into())),
+            ("pre", Put::Str("qwen2".into())),
+            ("tokens", Put::Strs(tokens)),
+            ("token_type", Put::I32s(types)),
+            ("merges", Put::Strs(merges.collect())),
+            ("add_bos_token", Put::Bool(self.add_bos)),
+        ];
+        keys.extend(self.bos.map(|id| ("bos_token_id", Put::U32(id))));
+        keys.extend(self.eos.first().map(|&id| ("eos_token_id", Put::U32(id))));
+        Ok(keys)
     }
 
     /// As [`Tokenizer::from_json`], of the text of a file; `path` names it in errors.

@@ -6,7 +6,8 @@
 use crate::error::Error;
 use half::{bf16, f16};
 use memmap2::Mmap;
-use qwen3next_kernels::DType;
+use qwen3next_kernels::{repack, DType, Exec, Weight};
+use rayon::prelude::*;
 use std::fmt;
 use std::sync::Arc;
 
@@ -60,10 +61,11 @@ impl fmt::Debug for Tensor {
 
 /// Bytes that the address of a type's first element must divide by.
 pub(crate) fn alignment(dtype: DType) -> usize {
-    if dtype == DType::F32 {
-        4
-    } else {
-        2
+    match dtype {
+        DType::F32 => 4,
+        DType::F16 | DType::BF16 => 2,
+        // Kernels read blocks byte by byte.
+        _ => 1,
     }
 }
 
@@ -173,9 +175,42 @@ impl Tensor {
         self.experts * self.rows * self.row_bytes()
     }
 
+    /// The same weights with every 16 rows interleaved, in memory of their own; `None` where the type or the number of
+    /// rows does not allow it. Errors of the operator cannot happen for a tensor that exists.
+    pub fn interleaved(&self) -> Option<Tensor> {
+        let dtype = self.dtype.interleaved().filter(|_| !self.dtype.is_interleaved() && self.rows % repack::GROUP == 0)?;
+        let shape = [self.experts * self.rows, self.cols];
+        let matrix = self.rows * self.cols;
+        Tensor::owned(dtype, self.shape(), |y| {
+            if self.experts <= 1 || self.expert_stride == matrix {
+                let x = Weight::new(self.bytes(), self.dtype, shape).ok()?;
+                return repack::run(repack::Args { y, x }, &Exec::default()).ok();
+            }
+            let (from, to) = (self.dtype.bytes(self.expert_stride)?, self.rows * self.row_bytes());
+            y.par_chunks_exact_mut(to.max(1)).enumerate().try_for_each(|(e, y)| {
+                let x = Weight::new(self.bytes().get(e * from..)?, self.dtype, [self.rows, self.cols]).ok()?;
+                repack::run(repack::Args { y, x }, &Exec::default().parts(1)).ok()
+            })
+        })
+    }
+
+    /// Tells the system that the bytes in the file's memory map are not needed any more: they are read again if they
+    /// are.
+    fn forget(&self) {
+        if let Store::Mapped(map) = &self.store {
+            // SAFETY: a read-only map of a file keeps its contents; the range lies inside the map.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.start, self.len) };
+        }
+    }
+
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
         self.cols / self.dtype.block() * self.dtype.block_bytes()
+    }
+
+    /// Both are the same bytes.
+    fn shares(&self, other: &Tensor) -> bool {
+        self.bytes().as_ptr() == other.bytes().as_ptr() && self.len == other.len
     }
 
     /// The bytes lie in the file's memory map.
@@ -243,6 +278,44 @@ pub struct Weights {
     pub output: Tensor,
     /// One entry a layer, as `Config::layers`.
     pub layers: Vec<Layer>,
+}
+
+impl Weights {
+    /// Run-time repack: interleaves the rows of every weight that allows it, tensor after tensor, telling `progress`
+    /// how many bytes of how many are done. Only one tensor is held twice at a time. A table that is also the output of
+    /// a tied model stays as it is.
+    pub fn repack(&mut self, progress: &mut dyn FnMut(u64, u64)) {
+        let tied = self.output.shares(&self.token_embd);
+        let mut weights: Vec<&mut Tensor> = Vec::new();
+        for layer in &mut self.layers {
+            match &mut layer.mixer {
+                Mixer::Delta(w) => weights.extend([&mut w.qkv, &mut w.z, &mut w.ba, &mut w.out]),
+                Mixer::Attention(w) => weights.extend([&mut w.q, &mut w.k, &mut w.v, &mut w.o]),
+            }
+            match &mut layer.ffn {
+                Ffn::Dense(w) => weights.extend([&mut w.gate, &mut w.up, &mut w.down]),
+                Ffn::Moe(w) => {
+                    weights.extend([&mut w.router, &mut w.gate, &mut w.up, &mut w.down]);
+                    if let Some(Shared { expert: w, .. }) = &mut w.shared {
+                        weights.extend([&mut w.gate, &mut w.up, &mut w.down]);
+                    }
+                }
+            }
+        }
+        if !tied {
+            weights.push(&mut self.output);
+        }
+        let total = weights.iter().map(|w| w.packed_bytes() as u64).sum();
+        let mut done = 0;
+        for weight in weights {
+            if let Some(new) = weight.interleaved() {
+                weight.forget();
+                *weight = new;
+            }
+            done += weight.packed_bytes() as u64;
+            progress(done, total);
+        }
+    }
 }
 
 /// One layer: x += mixer(norm(x)), then x += ffn(norm(x)).

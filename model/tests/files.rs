@@ -145,10 +145,10 @@ fn broken_headers_are_named() {
     assert_says(&patched(4, &3u32.to_be_bytes()), &["big-endian"]);
     assert_says(&patched(8, &(1u64 << 60).to_le_bytes()), &["1152921504606846976 tensors"]);
     assert_says(&patched(16, &65_000u64.to_le_bytes()), &["65000 keys", "do not fit"]);
-    // IQ4_NL has the block of Q8_0's 32 columns; the type is known but not built.
+    // Q8_1 has the block of Q8_0's 32 columns; the type is known but not built.
     assert_says(
-        &patched(entry, &20u32.to_le_bytes()),
-        &["blk.1.attn_k.weight", "type IQ4_NL is not supported; supported: F32, F16, BF16, Q8_0"],
+        &patched(entry, &9u32.to_le_bytes()),
+        &["blk.1.attn_k.weight", "type Q8_1 is not supported; supported: F32, F16, BF16, Q8_0"],
     );
     assert_says(
         &patched(entry, &17u32.to_le_bytes()),

@@ -3,7 +3,9 @@
 mod common;
 
 use common::{open, same};
+use qwen3next_kernels::DType;
 use qwen3next_model::config::Mlp;
+use qwen3next_model::quantize::{quantize, Types};
 use qwen3next_model::weights::{Ffn, Mixer, Swiglu};
 use qwen3next_model::Loaded;
 use qwen3next_model::{Tensor, Tokenizer};
@@ -103,6 +105,41 @@ fn all_containers_of_a_golden_model_give_one_model() {
         }
     }
     assert!(models >= 7 && files >= 10 && splits >= 2, "{models} models, {files} files, {splits} parts");
+}
+
+/// Requantised to f32, which loses nothing, every container holds the model it held.
+#[test]
+fn quantize_keeps_the_model_of_every_container() {
+    let out = common::Folder::new();
+    let (mut folders, mut files) = (0, 0);
+    for folder in listed(&golden().join("models")).into_iter().filter(|p| p.is_dir()) {
+        let ggufs = listed(&folder).into_iter().filter(|p| p.extension().is_some_and(|e| e == "gguf"));
+        for input in ggufs.chain([folder.clone()]) {
+            let mut from = open(&input).unwrap();
+            quantize(&input, &out.file("m.gguf"), Types::all(DType::F32), &mut |_| ()).unwrap();
+            let made = open(&out.file("m.gguf")).unwrap();
+            assert_eq!(made.metadata.files.len(), 1);
+            if input.is_dir() {
+                // The MTP block is no part of what is written.
+                from.config.mtp_layers = 0;
+                folders += 1;
+            } else {
+                let tensors = |m: &Loaded| m.metadata.tensors.iter().map(|t| t.name.clone()).collect::<Vec<_>>();
+                assert_eq!(tensors(&made), tensors(&from), "MTP included");
+                files += 1;
+            }
+            assert_one_model(&from, &made, &input.display().to_string());
+            let text = "In the beginning <|endoftext|> 1234\r\n  x";
+            match (from.tokenizer, made.tokenizer) {
+                (Ok(a), Ok(b)) => {
+                    assert_eq!(a.encode(text, true).unwrap(), b.encode(text, true).unwrap());
+                    assert_eq!((a.eos(), a.bos()), (b.eos(), b.bos()));
+                }
+                (a, b) => assert!(a.is_err() && b.is_err(), "{}", input.display()),
+            }
+        }
+    }
+    assert!(folders >= 7 && files >= 10, "{folders} folders, {files} files");
 }
 
 /// The `plain` model again, its tensors dealt to `shards` files in turn.

@@ -283,8 +283,8 @@ static void attention_merge(void) {
   run_attention_merge(&args, OUTPUTS(F32(o, T * HQ * D), F32(lse, T * HQ)));
 }
 
-static const q3n_dtype all_types[] = {Q3N_F32,  Q3N_F16,  Q3N_BF16, Q3N_Q4_0,
-                                      Q3N_Q8_0, Q3N_Q4_K, Q3N_Q5_K, Q3N_Q6_K};
+static const q3n_dtype all_types[] = {Q3N_F32,  Q3N_F16,  Q3N_BF16, Q3N_Q8_0, Q3N_Q4_0,   Q3N_Q4_1,   Q3N_Q5_0, Q3N_Q5_1,
+                                      Q3N_Q2_K, Q3N_Q3_K, Q3N_Q4_K, Q3N_Q5_K, Q3N_Q6_K, Q3N_IQ4_NL, Q3N_IQ4_XS, Q3N_MXFP4};
 enum { TYPES = sizeof all_types / sizeof *all_types };
 
 static void quant(void) {

@@ -169,6 +169,7 @@ mod memory {
                 (0..len).for_each(|i| first.add(i).write(value));
                 first
             };
+            crate::record::made(first.as_ptr() as usize, used);
             Memory { base, bytes, first, len }
         }
 
@@ -188,6 +189,7 @@ mod memory {
             if self.bytes == 0 {
                 return;
             }
+            crate::record::gone(self.first.as_ptr() as usize);
             let keep = |free: &RefCell<Free>| {
                 let mut free = free.borrow_mut();
                 let list = free.0.entry(self.bytes).or_default();

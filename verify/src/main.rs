@@ -22,8 +22,10 @@ struct Cli {
 enum Command {
     /// Check every kernel against float64 references and properties.
     Verify(cli::verify::Args),
-    /// Time the variants of an operator.
+    /// Time operators and the model against this machine's peaks.
     Bench(cli::bench::Args),
+    /// Try batch and ubatch sizes and threads on a long prompt; the best are marked.
+    Sweep(cli::sweep::Args),
     /// Follow the delta rule's error over thousands of tokens, with f32 and bf16 states.
     Drift(cli::drift::Args),
     /// Continue a text.
@@ -34,6 +36,8 @@ enum Command {
     Perplexity(cli::perplexity::Args),
     /// What is in a model.
     Inspect(cli::inspect::Args),
+    /// Write a model with its matrices in another type.
+    Quantize(cli::quantize::Args),
     /// Write a model of the real layer shapes with random weights.
     Synth(cli::synth::Args),
 }
@@ -62,11 +66,13 @@ fn main() -> ExitCode {
         None => cli::tour::run(),
         Some(Command::Verify(args)) => cli::verify::run(args),
         Some(Command::Bench(args)) => cli::bench::run(args),
+        Some(Command::Sweep(args)) => cli::sweep::run(args),
         Some(Command::Drift(args)) => cli::drift::run(args),
         Some(Command::Generate(args)) => cli::generate::run(args),
         Some(Command::Logits(args)) => cli::logits::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),
+        Some(Command::Quantize(args)) => cli::quantize::run(args),
         Some(Command::Synth(args)) => cli::synth::run(args),
     };
     match done {

@@ -7,6 +7,7 @@ use crate::compare::{Failure, Histogram, Metrics};
 use crate::current;
 use crate::guard::{self, Place};
 use crate::plugin::Plugin;
+use crate::record;
 use proptest::strategy::{BoxedStrategy, Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 use qwen3next_kernels::operator::ScratchGuard;
@@ -226,6 +227,7 @@ pub struct Entry {
     run: fn(&Options) -> Result<Vec<Row>, String>,
     checks: fn() -> Vec<&'static str>,
     run_plugin: unsafe fn(&Options, &Plugin) -> Result<Vec<Row>, String>,
+    write_cases: fn(&Options) -> Result<Option<(usize, Vec<u8>)>, String>,
 }
 
 impl Entry {
@@ -236,6 +238,7 @@ impl Entry {
             run: run::<S>,
             checks: || S::checks().into_iter().map(|c| c.name).collect(),
             run_plugin: run_plugin::<S>,
+            write_cases: record::cases::<S>,
         }
     }
 
@@ -246,7 +249,19 @@ impl Entry {
 
     /// The entry of what is no operator and runs its checks itself.
     pub fn new(op: &'static str, run: fn(&Options) -> Result<Vec<Row>, String>) -> Entry {
-        Entry { op, run, checks: Vec::new, run_plugin: |_, _| Err("takes no plug-in: it is no operator".into()) }
+        Entry {
+            op,
+            run,
+            checks: Vec::new,
+            run_plugin: |_, _| Err("takes no plug-in: it is no operator".into()),
+            write_cases: |_| Ok(None),
+        }
+    }
+
+    /// The cases of the grid with what their outputs must hold, as a file of neon/README.md's format, and how many.
+    /// `None`: the outputs are no f32, or no operator's.
+    pub fn write_cases(&self, options: &Options) -> Result<Option<(usize, Vec<u8>)>, String> {
+        (self.write_cases)(options)
     }
 
     /// Runs the suite. `Err` is a bad option, named.

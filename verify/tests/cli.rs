@@ -78,6 +78,12 @@ fn bad_input_is_status_2_and_one_line() {
         "perplexity -c 1",
         "perplexity -c 16 --windows 1 --kl-base short.npy",
         "inspect no-such-file",
+        "quantize no-such-file x.gguf --type q8_0",
+        "quantize empty x.gguf --type q8_0",
+        "quantize . x.gguf --type q8_0",
+        "quantize empty x.gguf",
+        "quantize empty x.gguf --type q9_9",
+        "quantize empty x.gguf --type Q4_K_M",
         "synth . --tiny",
         "synth x.gguf --layers 0",
         "generate --ctx 3",
@@ -114,6 +120,43 @@ fn json_is_all_of_stdout() {
         assert_eq!(output.status.code(), Some(0), "{line}");
         serde_json::from_slice::<serde_json::Value>(&output.stdout).expect(line);
     }
+}
+
+#[test]
+fn quantize_keeps_all_but_the_types_of_the_matrices() {
+    let folder = Folder::new("quantize");
+    let json = |line: &str| -> serde_json::Value {
+        let output = run(&folder, line);
+        assert_eq!(output.status.code(), Some(0), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect(line)
+    };
+    assert_eq!(run(&folder, "synth x.gguf --tiny --layers 2 --quant bf16").status.code(), Some(0));
+    let report = json("quantize x.gguf y.gguf --type IQ4_xs --output-tensor-type q8_0 -o json");
+    assert_eq!(report["types"]["q8_0"]["tensors"], 1);
+    let error = report["types"]["iq4_xs"]["relative_error"].as_f64().unwrap();
+    assert!((0.06..0.08).contains(&error), "{error}");
+    let (before, after) = (json("inspect -o json x.gguf"), json("inspect -o json y.gguf"));
+    for key in ["vocab", "hidden", "layers", "parameters", "name"] {
+        assert_eq!(before[key], after[key], "{key}");
+    }
+    let tensors = before["tensors"].as_array().unwrap().iter().zip(after["tensors"].as_array().unwrap());
+    for (a, b) in tensors {
+        assert_eq!((&a["name"], &a["shape"]), (&b["name"], &b["shape"]));
+        let expected = match (a["name"].as_str().unwrap(), a["type"].as_str().unwrap()) {
+            ("output.weight", _) => "Q8_0",
+            (_, "BF16") => "IQ4_XS",
+            (_, other) => other,
+        };
+        assert_eq!(b["type"], expected, "{}", a["name"]);
+    }
+    // A file may take its own place.
+    json("quantize y.gguf y.gguf --type q4_k -o json");
+    assert_eq!(
+        json("inspect -o json y.gguf")["types"]["Q4_K"]["tensors"],
+        report["types"]["iq4_xs"]["tensors"].as_u64().unwrap() + 1
+    );
+    expect_refused(&run(&folder, "quantize x.gguf . --type q4_0"), "a folder");
+    assert_eq!(folder.names(), ["x.gguf", "y.gguf"]);
 }
 
 #[cfg(unix)]

@@ -270,10 +270,10 @@ fn experts_and_router_give_what_hugging_face_gives() {
         let bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let (gate_up_bytes, down_bytes) = (bytes(&gate_up), bytes(&down));
         let (gate, up) = Weight::split_gate_up(&gate_up_bytes, DType::F32, [experts, f, d]).unwrap();
-        let (mut y, mut h) = (vec![f32::NAN; tokens * d], Vec::new());
+        let (mut y, mut h) = (vec![f32::NAN; tokens * d], moe::Hidden::default());
         let args = moe::Args {
             y: ViewMut::new(&mut y, [tokens, d]).unwrap(),
-            x: View::new(&x, [tokens, d]).unwrap(),
+            x: View::new(&x, [tokens, d]).unwrap().into(),
             gate,
             up,
             down: Weight::new(&down_bytes, DType::F32, [experts, d, f]).unwrap(),
@@ -308,10 +308,10 @@ fn a_dense_feed_forward_gives_what_hugging_face_gives() {
         let bytes = |v: &[f32]| v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let [gate_bytes, up_bytes, down_bytes] = [&gate, &up, &down].map(|w| bytes(w));
         let routing = moe::Routing::dense(tokens, None).unwrap();
-        let (mut y, mut h) = (vec![f32::NAN; tokens * d], Vec::new());
+        let (mut y, mut h) = (vec![f32::NAN; tokens * d], moe::Hidden::default());
         let args = moe::Args {
             y: ViewMut::new(&mut y, [tokens, d]).unwrap(),
-            x: View::new(&x, [tokens, d]).unwrap(),
+            x: View::new(&x, [tokens, d]).unwrap().into(),
             gate: Weight::new(&gate_bytes, DType::F32, [1, f, d]).unwrap(),
             up: Weight::new(&up_bytes, DType::F32, [1, f, d]).unwrap(),
             down: Weight::new(&down_bytes, DType::F32, [1, d, f]).unwrap(),

@@ -21,7 +21,7 @@ fn wrong_arguments_are_refused_by_name() {
     let mut call = |y_strides, x_shape, w| {
         let args = matmul::Args {
             y: ViewMut::strided(&mut y, [4, 3], y_strides).unwrap(),
-            x: View::new(&x, x_shape).unwrap(),
+            x: View::new(&x, x_shape).unwrap().into(),
             w,
         };
         matmul::run(args, &Exec::default())

@@ -71,13 +71,13 @@ fn wrong_arguments_are_refused_by_name() {
         let mut y = [0f32; 8];
         let args = moe::Args {
             y: ViewMut::strided(&mut y, y_shape, [y_row, 1]).unwrap(),
-            x: View::new(&x, [2, 3]).unwrap(),
+            x: View::new(&x, [2, 3]).unwrap().into(),
             gate: weight(gate),
             up: weight(up),
             down: weight(down),
             routing: &routing,
             accumulate: false,
-            h: &mut Vec::new(),
+            h: &mut moe::Hidden::default(),
         };
         moe::run(args, &Default::default())
     };

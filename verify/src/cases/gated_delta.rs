@@ -1648,6 +1648,11 @@ impl Timed {
         Ok(gated_delta::run(args, exec)?)
     }
 
+    /// What a call writes, beside the state.
+    pub fn output(&mut self) -> &mut [f32] {
+        &mut self.o
+    }
+
     /// Operations of the recurrence: 7 K V a token and value head, whatever the variant does instead.
     pub fn flops(&self) -> f64 {
         (7 * self.case.tokens() * self.case.state_len()) as f64

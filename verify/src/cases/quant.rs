@@ -24,12 +24,28 @@ choice! {
         Q8 = "q8_0",
         /// 4-bit blocks of 32.
         Q4 = "q4_0",
+        /// 4-bit blocks of 32 with a minimum.
+        Q41 = "q4_1",
+        /// 5-bit blocks of 32.
+        Q50 = "q5_0",
+        /// 5-bit blocks of 32 with a minimum.
+        Q51 = "q5_1",
+        /// 2-bit super-blocks.
+        Q2K = "q2_k",
+        /// 3-bit super-blocks.
+        Q3K = "q3_k",
         /// 4-bit super-blocks.
         Q4K = "q4_k",
         /// 5-bit super-blocks.
         Q5K = "q5_k",
         /// 6-bit super-blocks.
         Q6K = "q6_k",
+        /// Uneven levels, blocks of 32.
+        Iq4Nl = "iq4_nl",
+        /// Uneven levels, super-blocks.
+        Iq4Xs = "iq4_xs",
+        /// 4-bit floats.
+        Mxfp4 = "mxfp4",
     }
 }
 
@@ -42,15 +58,38 @@ impl Type {
     /// Byte offsets of the f16 scales in a block.
     fn scales(self) -> &'static [usize] {
         match self {
-            Type::F32 | Type::F16 | Type::Bf16 => &[],
-            Type::Q8 | Type::Q4 => &[0],
-            Type::Q4K | Type::Q5K => &[0, 2],
+            Type::F32 | Type::F16 | Type::Bf16 | Type::Mxfp4 => &[],
+            Type::Q8 | Type::Q4 | Type::Q50 | Type::Iq4Nl | Type::Iq4Xs => &[0],
+            Type::Q41 | Type::Q51 | Type::Q4K | Type::Q5K => &[0, 2],
+            Type::Q2K => &[80, 82],
+            Type::Q3K => &[108],
             Type::Q6K => &[208],
         }
     }
 
-    fn is_k(self) -> bool {
-        matches!(self, Type::Q4K | Type::Q5K | Type::Q6K)
+    /// The scales are searched, so that all that holds of an element is what holds of its block.
+    fn is_searched(self) -> bool {
+        use Type::*;
+        matches!(self, Q2K | Q3K | Q4K | Q5K | Q6K | Iq4Nl | Iq4Xs)
+    }
+
+    /// A minimum is added last, which rounds.
+    fn rounds(self) -> bool {
+        matches!(self, Type::Q41 | Type::Q51 | Type::Q2K | Type::Q4K | Type::Q5K)
+    }
+
+    /// Its scale has the range of f32's exponent.
+    fn is_wide(self) -> bool {
+        matches!(self, Type::F32 | Type::Bf16 | Type::Mxfp4)
+    }
+
+    /// What a block of [`NAN_BYTE`] decodes to.
+    pub fn nan_block(self) -> f32 {
+        match self {
+            // ggml gives no exponent the meaning of a NaN: -12 * 2^127
+            Type::Mxfp4 => f32::NEG_INFINITY,
+            _ => f32::NAN,
+        }
     }
 
     /// Packed blocks of `n` elements, every bit drawn at random; values of the order of `scale`.
@@ -61,8 +100,14 @@ impl Type {
         let reach = match self {
             Type::Q8 => 127.0,
             Type::Q4 => 8.0,
+            Type::Q41 | Type::Q50 => 16.0,
+            Type::Q51 => 32.0,
+            Type::Q2K => 15.0 * 3.0,
+            Type::Q3K => 32.0 * 4.0,
             Type::Q4K => 63.0 * 15.0,
             Type::Q5K => 63.0 * 31.0,
+            Type::Iq4Nl => 127.0,
+            Type::Mxfp4 => 12.0,
             _ => 128.0 * 32.0,
         };
         for block in bytes.chunks_mut(dtype.block_bytes()) {
@@ -71,6 +116,10 @@ impl Type {
                 Type::F32 => block.copy_from_slice(&value.to_le_bytes()),
                 Type::F16 => block.copy_from_slice(&half::f16::from_f32(value).to_le_bytes()),
                 Type::Bf16 => block.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+                Type::Mxfp4 => {
+                    let exponent = (value.abs().max(scale / 8.0) / reach).log2().floor();
+                    block[0] = (exponent + 128.0) as u8;
+                }
                 _ => {
                     for &at in self.scales() {
                         let d = half::f16::from_f32(value.abs().max(scale / 8.0) / reach);
@@ -83,7 +132,7 @@ impl Type {
     }
 }
 
-/// Bytes that decode to NaN in every type.
+/// Bytes that decode to no finite number in every type, to NaN in all but MXFP4.
 pub const NAN_BYTE: u8 = 0xff;
 
 /// A tensor of blocks laid out for a [`Weight`]: with gaps it starts at an odd address and the gaps decode to NaN.
@@ -184,8 +233,7 @@ fn decode(exec: &Exec<dequantize::Op>, case: &Case, bytes: &[u8]) -> Result<Vec<
 fn decoded_reference(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
     let bytes = case.dtype.random(case.rows * case.n(), 4.0, &mut rng(seed));
     let want = reference::dequantize(case.dtype.dtype(), &bytes);
-    let rounds = matches!(case.dtype, Type::Q4K | Type::Q5K);
-    let bound: Vec<f64> = want.iter().map(|w| if rounds { U32 * w.abs() } else { 0.0 }).collect();
+    let bound: Vec<f64> = want.iter().map(|w| if case.dtype.rounds() { U32 * w.abs() } else { 0.0 }).collect();
     compare("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want, &bound, case.n()).map(Some)
 }
 
@@ -196,8 +244,7 @@ fn any_bytes(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outco
     let n = case.dtype.dtype().bytes(case.rows * case.n()).expect("whole blocks");
     let bytes: Vec<u8> = (0..n).map(|_| rng.random()).collect();
     let want = reference::dequantize(case.dtype.dtype(), &bytes);
-    let rounds = matches!(case.dtype, Type::Q4K | Type::Q5K);
-    let bound: Vec<f64> = want.iter().map(|w| if rounds { U32 * w.abs() } else { 0.0 }).collect();
+    let bound: Vec<f64> = want.iter().map(|w| if case.dtype.rounds() { U32 * w.abs() } else { 0.0 }).collect();
     compare("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want, &bound, case.n()).map(Some)
 }
 
@@ -215,7 +262,7 @@ fn decoded_cuts(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Ou
     Ok(Some(Metrics::default()))
 }
 
-/// A block of NaN stays in its block.
+/// A block that is not finite stays in its block.
 fn decoded_isolation(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) -> Outcome {
     let total = case.rows * case.blocks;
     if total == 0 {
@@ -226,7 +273,10 @@ fn decoded_isolation(variant: &Variant<dequantize::Op>, case: &Case, seed: u64) 
     let bad = seed as usize % total;
     let size = case.dtype.dtype().block_bytes();
     bytes[bad * size..][..size].fill(NAN_BYTE);
-    want.iter_mut().enumerate().filter(|(i, _)| case.block_of(*i) == bad).for_each(|(_, w)| *w = f32::NAN);
+    want.iter_mut()
+        .enumerate()
+        .filter(|(i, _)| case.block_of(*i) == bad)
+        .for_each(|(_, w)| *w = case.dtype.nan_block());
     bitwise("y", &decode(&Exec::variant(*variant), case, &bytes)?, &want)?;
     Ok(Some(Metrics::default()))
 }
@@ -319,13 +369,13 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// Decoded again, plain types and simple blocks stay within half a step of each element; a K block's squared error
-/// is at most that of the plain scheme.
+/// Decoded again, plain types and simple blocks stay within half a step of each element; where scales are searched, a
+/// block's squared error is at most that of the plain scheme.
 fn round_trip(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
     let x = values(case, seed);
     let dtype = case.dtype.dtype();
     let back = reference::dequantize(dtype, &encode(&Exec::variant(*variant), case, &x)?);
-    if case.dtype.is_k() {
+    if case.dtype.is_searched() {
         for (b, (x, back)) in x.chunks(dtype.block()).zip(back.chunks(dtype.block())).enumerate() {
             let error: f64 = x.iter().zip(back).map(|(&x, y)| (f64::from(x) - y).powi(2)).sum();
             let largest = x.iter().fold(0.0f64, |a, &x| a.max(f64::from(x).abs()));
@@ -351,6 +401,12 @@ fn round_trip(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcom
             Type::Q8 => scaled(127.0, 0.5),
             // levels -8 .. 7: the far end of the other sign is a whole step away
             Type::Q4 => scaled(8.0, 1.0),
+            Type::Q50 => scaled(16.0, 1.0),
+            // the range is up to twice the largest element; the minimum is rounded to f16 as well
+            Type::Q41 => scaled(7.5, 0.5) + largest * 2f64.powi(-11),
+            Type::Q51 => scaled(15.5, 0.5) + largest * 2f64.powi(-11),
+            // the largest lies at 4 to 8 times the scale: above 6 up to 2 are cut off, from 4 to 6 half a step is 1
+            Type::Mxfp4 => largest / 4.0 * (1.0 + 4.0 * U32),
             _ => 0.0,
         })
     });
@@ -358,15 +414,23 @@ fn round_trip(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcom
     compare("decoded", &back32, &wide(&x), &bounds.collect::<Vec<_>>(), case.n()).map(Some)
 }
 
-/// What was decoded encodes to the same bytes (the K types search, and may find another fit).
+/// What was decoded encodes to the same bytes. The search of IQ4_NL may find another scale for the same values; that
+/// of the super-blocks may find another fit.
 fn idempotent(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
-    if case.dtype.is_k() {
+    if case.dtype.is_searched() && case.dtype != Type::Iq4Nl {
         return Ok(None);
     }
     let exec = Exec::variant(*variant);
+    let decoded = |bytes: &[u8]| -> Vec<f32> {
+        reference::dequantize(case.dtype.dtype(), bytes).iter().map(|&v| v as f32).collect()
+    };
     let once = encode(&exec, case, &values(case, seed))?;
-    let back: Vec<f32> = reference::dequantize(case.dtype.dtype(), &once).iter().map(|&v| v as f32).collect();
-    same_bytes("encoded twice", &encode(&exec, case, &back)?, &once)?;
+    let twice = encode(&exec, case, &decoded(&once))?;
+    if case.dtype == Type::Iq4Nl {
+        bitwise("encoded twice", &decoded(&twice), &decoded(&once))?;
+    } else {
+        same_bytes("encoded twice", &twice, &once)?;
+    }
     Ok(Some(Metrics::default()))
 }
 
@@ -405,7 +469,7 @@ fn special_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Ou
     let (bad, within) = (seed as usize % total, (seed / 7) as usize % dtype.block());
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, -f32::MAX, f32::from_bits(0x7f80_0001)] {
         x[bad * dtype.block() + within] = value;
-        if value.is_finite() && matches!(case.dtype, Type::F32 | Type::Bf16) && value.abs() == f32::MAX {
+        if value.is_finite() && case.dtype.is_wide() && value.abs() == f32::MAX {
             continue;
         }
         for (i, (got, want)) in back(&x)?.iter().zip(&want).enumerate() {
@@ -418,12 +482,12 @@ fn special_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Ou
     Ok(Some(Metrics::default()))
 }
 
-/// Values so small that the scale underflows decode to zero; f32 and bf16 have the range, and keep them small.
+/// Values so small that the scale underflows decode to zero; f32, bf16 and MXFP4 have the range, and keep them small.
 fn tiny_values(variant: &Variant<quantize::Op>, case: &Case, seed: u64) -> Outcome {
     // Subnormal: a range of inputs. f16, and with it every scale, ends at 2^-24.
     let x: Vec<f32> = values(case, seed).iter().map(|x| x * f32::MIN_POSITIVE / 512.0).collect();
     let back = reference::dequantize(case.dtype.dtype(), &encode(&Exec::variant(*variant), case, &x)?);
-    let keeps = matches!(case.dtype, Type::F32 | Type::Bf16);
+    let keeps = case.dtype.is_wide();
     let right = |y: &f64| if keeps { y.abs() < f64::from(f32::MIN_POSITIVE) } else { *y == 0.0 };
     match back.iter().find(|y| !right(y)) {
         None => Ok(Some(Metrics::default())),

@@ -52,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let rows = if args.all { tokens.len() } else { 1 };
     let mut out = npy::Writer::create(&args.out, rows, config.vocab)?;
     let bar = super::progress(tokens.len() as u64, "logits {wide_bar} {pos}/{len} {eta}");
-    let options = args.model.forward()?;
+    let options = args.model.exact()?;
     let mut left = tokens.len();
     for piece in tokens.chunks(args.model.batch) {
         left -= piece.len();

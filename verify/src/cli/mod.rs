@@ -1,6 +1,9 @@
 //! One file a subcommand.
 
 pub mod bench;
+pub mod bench_model;
+pub mod bench_op;
+pub mod bench_peaks;
 pub mod drift;
 pub mod generate;
 pub mod inspect;
@@ -9,8 +12,12 @@ pub mod model;
 pub mod mutants;
 pub mod npy;
 pub mod perplexity;
+pub mod plot;
 pub mod plugin;
+pub mod quantize;
+pub mod run_model;
 pub mod spelling;
+pub mod sweep;
 pub mod synth;
 pub mod tour;
 pub mod verify;

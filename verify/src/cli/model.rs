@@ -1,7 +1,7 @@
 //! Options that every command with a model takes, and loading it.
 
 use anyhow::{bail, Context};
-use qwen3next_model::forward::{FusedDelta, Options};
+use qwen3next_model::forward::{Activations, FusedDelta, Options};
 use qwen3next_model::tokenizer::Tokenizer;
 use qwen3next_model::{Metadata, Model};
 use std::path::{Path, PathBuf};
@@ -24,16 +24,40 @@ pub struct Args {
     /// LLAMA_QWEN3NEXT_FUSED_DELTA).
     #[arg(long, value_name = "0|1|2")]
     pub fused_delta: Option<u32>,
+    /// What quantised weights meet: f32 activations, exact but slow, or 8 bits a value. Commands that judge numerics
+    /// (logits, perplexity) take f32 by default, the others q8.
+    #[arg(long, value_name = "f32|q8", value_parser = activations)]
+    pub activations: Option<Activations>,
+    /// Interleave the rows of the weights while loading (-rtr): faster, and the memory of the weights is no file cache.
+    #[arg(long, value_name = "0|1", num_args = 0..=1, default_value = "0", default_missing_value = "1",
+        value_parser = switch)]
+    pub run_time_repack: bool,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+fn activations(text: &str) -> Result<Activations, String> {
+    match text {
+        "f32" => Ok(Activations::F32),
+        "q8" => Ok(Activations::Q8),
+        _ => Err("expected f32 or q8".into()),
+    }
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "0" | "off" => Ok(false),
+        "1" | "on" => Ok(true),
+        _ => Err("expected 0 or 1".into()),
+    }
+}
+
+pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1 << 20).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1048576".into()),
     }
 }
 
-fn threads(text: &str) -> Result<usize, String> {
+pub fn threads(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=1024).contains(&n) => Ok(n),
         _ => Err("expected a whole number from 1 to 1024".into()),
@@ -65,34 +89,63 @@ impl Args {
         if let Some(threads) = self.threads {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
         }
-        load(self.model.as_deref())
+        let mut loaded = load(self.model.as_deref())?;
+        if self.run_time_repack {
+            repack(&mut loaded);
+        }
+        Ok(loaded)
+    }
+
+    /// How forward passes run in commands that judge numerics.
+    pub fn exact(&self) -> anyhow::Result<Options> {
+        Ok(Options { activations: self.activations.unwrap_or(Activations::F32), ..self.forward()? })
     }
 
     /// How forward passes run.
     pub fn forward(&self) -> anyhow::Result<Options> {
-        let (source, number) = match self.fused_delta {
-            Some(number) => ("--fused-delta", Some(number.to_string())),
-            None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
-                .into_iter()
-                .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
-                .unwrap_or(("", None)),
-        };
-        let fused_delta = match number {
-            None => FusedDelta::default(),
-            Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
-                Some(mode) => mode,
-                None => bail!("{source} {text}: expected 0, 1 or 2"),
-            },
-        };
-        Ok(Options { ubatch: self.ubatch, fused_delta })
+        let fused_delta = fused_delta(self.fused_delta)?;
+        Ok(Options { ubatch: self.ubatch, fused_delta, activations: self.activations.unwrap_or(Activations::Q8) })
     }
+}
+
+/// The delta rule's mode: what was asked for, or what the environment says, or the fastest.
+pub fn fused_delta(asked: Option<u32>) -> anyhow::Result<FusedDelta> {
+    let (source, number) = match asked {
+        Some(number) => ("--fused-delta", Some(number.to_string())),
+        None => ["Q3N_FUSED_DELTA", "LLAMA_QWEN3NEXT_FUSED_DELTA"]
+            .into_iter()
+            .find_map(|name| Some((name, Some(std::env::var(name).ok()?))))
+            .unwrap_or(("", None)),
+    };
+    match number {
+        None => Ok(FusedDelta::default()),
+        Some(text) => match text.trim().parse().ok().and_then(FusedDelta::from_number) {
+            Some(mode) => Ok(mode),
+            None => bail!("{source} {text}: expected 0, 1 or 2"),
+        },
+    }
+}
+
+/// Interleaves the rows of a model's weights, with a progress bar.
+pub fn repack(loaded: &mut Loaded) {
+    let bar = super::progress(0, "repacking {wide_bar} {bytes}/{total_bytes}");
+    loaded.model.repack(&mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
 }
 
 /// Loads a model, the embedded one where no path is given, with a progress bar.
 pub fn load(path: Option<&Path>) -> anyhow::Result<Loaded> {
+    load_with(path, true)
+}
+
+/// As [`load`], from a memory map of the file or by reading it.
+pub fn load_with(path: Option<&Path>, mmap: bool) -> anyhow::Result<Loaded> {
     let bar = super::progress(0, "loading {wide_bar} {pos}/{len} layers");
     let loaded = match path {
-        Some(path) => qwen3next_model::Weights::load(path, &mut |progress| {
+        Some(path) => qwen3next_model::load(path, qwen3next_model::file::Options { mmap }, &mut |progress| {
             bar.set_length(progress.total as u64);
             bar.set_position(progress.done as u64);
         })?,

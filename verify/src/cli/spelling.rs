@@ -12,6 +12,7 @@ const SPELLINGS: &[(&str, &str)] = &[
     ("-mmp", "--mmap"),
     ("-rtr", "--run-time-repack"),
     ("-pg", "--prompt-gen"),
+    ("-ncmoe", "--n-cpu-moe"),
     ("--batch-size", "--batch"),
     ("--ubatch-size", "--ubatch"),
     ("--ctx-size", "--ctx"),

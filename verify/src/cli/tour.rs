@@ -1,10 +1,9 @@
 //! `qwen3next` without arguments: what works here, in under a minute.
 
-use crate::cli::{bench, generate, model, verify};
+use crate::cli::{bench_op, generate, model, verify};
 use crate::Done;
 use clap::Parser;
-use qwen3next_kernels::gated_delta::Op;
-use qwen3next_kernels::{Isa, Operator};
+use qwen3next_kernels::Isa;
 use qwen3next_model::generate::{Sampler, Sampling};
 use qwen3next_verify::cases;
 use qwen3next_verify::suite::{Options, Verdict};
@@ -29,8 +28,7 @@ pub fn run() -> anyhow::Result<Done> {
     verify::print(&rows, &mut stdout().lock())?;
 
     writeln!(stdout(), "\n2. The delta rule's variants: 16 key and 32 value heads of 128 channels, one thread\n")?;
-    let variants: Vec<_> = Op::variants().into_iter().filter(|v| v.isa().available()).collect();
-    bench::table(&bench::measure(&variants, &[1, 64, 256], [16, 32, 128], 1, 9)?, &mut stdout().lock())?;
+    bench_op::table(&bench_op::delta_rule(&[1, 64, 256], 9)?, &mut stdout().lock())?;
 
     writeln!(stdout(), "\n3. The whole forward pass: a small Qwen3-Next, trained on the King James Bible\n")?;
     let options = Defaults::parse_from(["tour"]).model;

@@ -8,7 +8,7 @@ use qwen3next_verify::plugin::Plugin;
 use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
 use qwen3next_verify::{cases, report};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 #[derive(clap::Args)]
@@ -68,6 +68,10 @@ pub struct Args {
     /// Also write a page with tables and plots to this file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Instead of running anything, write the cases of the grid and what they must give into this folder, a file an
+    /// operator: verify/neon/replay.c runs kernels on them where there is no Rust.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["mutants", "mutant", "plugin", "json", "html", "check", "case"])]
+    write_cases: Option<PathBuf>,
     /// Run one check of one --plugin in this process and report into this file.
     #[arg(long, value_name = "FILE", hide = true)]
     child: Option<PathBuf>,
@@ -97,6 +101,9 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     options.stride = args.stride.unwrap_or(options.stride);
     options = Options { seed: args.seed, variant: args.variant, isa, check: args.check, case: args.case, ..options };
 
+    if let Some(folder) = &args.write_cases {
+        return write_cases(&entries, &options, folder);
+    }
     if let (Some(file), [plugin], [entry]) = (&args.child, args.plugin.as_slice(), entries.as_slice()) {
         super::plugin::become_child(file)?;
         super::plugin::verify_here(entry, &options, plugin);
@@ -138,6 +145,23 @@ fn chosen(op: Option<&str>) -> anyhow::Result<Vec<Entry>> {
         entries.retain(|e| e.op == op);
     }
     Ok(entries)
+}
+
+/// A file of cases an operator, as neon/README.md describes it.
+fn write_cases(entries: &[Entry], options: &Options, folder: &Path) -> anyhow::Result<Done> {
+    std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot make this folder", folder.display()))?;
+    for entry in entries {
+        match entry.write_cases(options).map_err(anyhow::Error::msg)? {
+            Some((count, bytes)) => {
+                let path = folder.join(format!("{}.cases", entry.op));
+                super::Output::create(&path)?.finish(&bytes)?;
+                println!("{}: {count} cases, {} bytes", path.display(), bytes.len());
+            }
+            None if entries.len() == 1 => bail!("--op {}: its outputs are not f32, which case files hold", entry.op),
+            None => {}
+        }
+    }
+    Ok(Done::Ok)
 }
 
 /// Runs the suites with a progress bar on stderr.

@@ -303,7 +303,7 @@ pub const CATALOGUE: &[Mutant] = &[
         "x is taken for packed, whatever its strides",
         "matmul",
         "scalar",
-        &[at("matmul/matmul_scalar.c", "a->x + m * a->x_m", "a->x + m * a->K")],
+        &[at("matmul/matmul_scalar.c", "a->x_dtype, m * a->x_m,", "a->x_dtype, m * a->K,")],
     ),
     kernel(
         "21",
@@ -445,8 +445,8 @@ pub const CATALOGUE: &[Mutant] = &[
         "scalar",
         &[at(
             MOE,
-            "          dots[pair * Q3N_MOE_ROWS + r] =",
-            "          dots[pair * Q3N_MOE_ROWS + r] =
+            "dots[pair * Q3N_MOE_ROWS + r] =",
+            "dots[pair * Q3N_MOE_ROWS + r] =
               i + 1 < to && a->order[i + 1] / a->top_k == pair / a->top_k ? 0.0f :",
         )],
     ),

@@ -1,0 +1,600 @@
+//! `qwen3next bench op`: the variants of an operator side by side, on inputs they have just been verified on.
+
+use crate::Done;
+use anyhow::{bail, ensure, Context};
+use qwen3next_kernels::{Exec, Isa, Operator, Variant};
+use qwen3next_verify::cases::attention::KvType;
+use qwen3next_verify::cases::norm::Kind;
+use qwen3next_verify::cases::quant::Type;
+use qwen3next_verify::compare::{Failure, Metrics};
+use qwen3next_verify::peaks::{Peaks, Roof};
+use qwen3next_verify::plugin::Plugin;
+use qwen3next_verify::timed::{attention, causal_conv, gated_delta, matmul, moe, norm, quant, rope, solve_tri, Timed};
+use qwen3next_verify::timing::{interleaved, Time};
+use serde_json::json;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Operator, as `verify --op` names it.
+    op: String,
+    /// Only these variants, separated by commas; the first one is the base of the ratios.
+    #[arg(long, value_delimiter = ',')]
+    variant: Vec<String>,
+    /// Also time this kernel from a shared library, as in `verify --plugin`. Repeatable.
+    #[arg(long, value_name = "LIBRARY:SYMBOL")]
+    plugin: Vec<Plugin>,
+    /// Tokens of a call, separated by commas (solve_tri: triangles; quantize, dequantize: rows).
+    #[arg(long, value_delimiter = ',')]
+    tokens: Vec<usize>,
+    /// gated_delta: key and value heads, 16/32; attention: query and KV heads, 16/2.
+    #[arg(long, value_name = "HK/HV")]
+    heads: Option<String>,
+    /// Channels of a head: gated_delta 128, attention 256.
+    #[arg(long)]
+    dim: Option<usize>,
+    /// Sizes, separated by commas: causal_conv CxW, norm KIND:HxD, rope HxDxR, solve_tri NxM or inverse:N, attention KEYS,
+    /// attention_merge PARTS, quantize and dequantize N, matmul NxK, moe_route and moe_group E/K, moe_up and moe_down
+    /// E/K:FxD. By default those of the 80B-A3B model.
+    #[arg(long, value_delimiter = ',')]
+    shape: Vec<String>,
+    /// Types of weights or cache, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    dtype: Vec<String>,
+    /// Threads.
+    #[arg(short, long, default_value_t = 1, value_parser = super::model::threads)]
+    threads: usize,
+    /// Samples of every variant and length, interleaved; of slow ones fewer.
+    #[arg(short, long, default_value_t = 7, value_parser = super::model::at_least_one)]
+    repetitions: usize,
+    /// Also draw tokens per second over tokens.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// Format of the table.
+    #[arg(short, long, default_value = "md", value_parser = ["md", "json", "csv"])]
+    output: String,
+    /// Run in this process and report into this file.
+    #[arg(long, value_name = "FILE", hide = true)]
+    child: Option<PathBuf>,
+}
+
+/// One line of the table.
+pub struct Line {
+    op: &'static str,
+    variant: &'static str,
+    dtype: String,
+    shape: String,
+    tokens: usize,
+    threads: usize,
+    time: Time,
+    /// Median time of the first variant over this one's.
+    ratio: f64,
+    gflops: f64,
+    gbs: f64,
+    roof: Roof,
+    metrics: Metrics,
+}
+
+/// A call to time.
+struct Point<T> {
+    tokens: usize,
+    shape: String,
+    dtype: String,
+    make: Box<dyn Fn() -> anyhow::Result<T>>,
+}
+
+pub fn run(args: Args) -> anyhow::Result<Done> {
+    if !args.plugin.is_empty() {
+        for plugin in &args.plugin {
+            plugin.kind().map_err(anyhow::Error::msg)?;
+        }
+        // A kernel that crashes takes only a child down.
+        let Some(file) = &args.child else {
+            args.lines(true)?;
+            return super::plugin::again();
+        };
+        super::plugin::become_child(file)?;
+    }
+    args.lines(true)?;
+    let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
+    super::bench::warn_of_others();
+    let lines = args.lines(false)?;
+    let out = &mut std::io::stdout().lock();
+    match args.output.as_str() {
+        "md" => table(&lines, out)?,
+        "csv" => {
+            writeln!(
+                out,
+                "op,variant,dtype,shape,tokens,threads,median_s,min_s,samples,ratio,gflops,gbs,peak_fraction,peak,row_l2"
+            )?;
+            for l in &lines {
+                writeln!(
+                    out,
+                    "{},{},{},{},{},{},{:e},{:e},{},{:.4},{:.3},{:.3},{:.4},{},{:e}",
+                    l.op,
+                    l.variant,
+                    l.dtype,
+                    l.shape,
+                    l.tokens,
+                    l.threads,
+                    l.time.median,
+                    l.time.min,
+                    l.time.samples,
+                    l.ratio,
+                    l.gflops,
+                    l.gbs,
+                    l.roof.fraction,
+                    l.roof.name,
+                    l.metrics.row_l2
+                )?;
+            }
+        }
+        _ => {
+            let rows: Vec<_> = lines
+                .iter()
+                .map(|l| {
+                    json!({
+                        "op": l.op, "variant": l.variant, "dtype": l.dtype, "shape": l.shape, "tokens": l.tokens,
+                        "threads": l.threads, "median_s": l.time.median, "min_s": l.time.min,
+                        "samples": l.time.samples, "ratio": l.ratio, "gflops": l.gflops, "gbs": l.gbs,
+                        "peak_fraction": l.roof.fraction, "peak": l.roof.name,
+                        "row_l2": l.metrics.row_l2, "bound_multiple": l.metrics.bound_multiple,
+                    })
+                })
+                .collect();
+            writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+        }
+    }
+    if let Some(file) = plot_to {
+        plot(&args.op, &lines, file)?;
+    }
+    Ok(Done::Ok)
+}
+
+/// The delta rule's variants on one thread, in the 80B-A3B model's heads.
+pub fn delta_rule(tokens: &[usize], samples: usize) -> anyhow::Result<Vec<Line>> {
+    let points = tokens.iter().map(|&t| delta_point(t, 16, 32, 128)).collect();
+    measure(points, &chosen::<qwen3next_kernels::gated_delta::Op>(&[])?, 1, samples)
+}
+
+fn delta_point(t: usize, hk: usize, hv: usize, d: usize) -> Point<gated_delta::GatedDelta> {
+    let make = Box::new(move || Ok(gated_delta::GatedDelta::new(t, hk, hv, d)));
+    Point { tokens: t, shape: format!("{hk}/{hv}x{d}"), dtype: "f32".into(), make }
+}
+
+/// The numbers of a shape `AxB`, `A/B:CxD` ..., whose separators are those of `form`.
+fn sizes<const N: usize>(flag: &str, text: &str, form: &str) -> anyhow::Result<[usize; N]> {
+    let separators = |s: &str| s.chars().filter(|c| "x/:".contains(*c)).collect::<String>();
+    let parts = || text.split(['x', '/', ':']).map(|n| n.parse::<usize>().ok().filter(|n| (1..=1 << 24).contains(n)));
+    let numbers: Option<Vec<usize>> = parts().collect();
+    let fits = separators(text) == separators(form);
+    match numbers.filter(|_| fits).and_then(|n| <[usize; N]>::try_from(n).ok()) {
+        // Products of all sizes are elements of an array.
+        Some(n) if n.iter().try_fold(1usize, |all, &n| all.checked_mul(n)).is_some_and(|n| n <= 1 << 40) => Ok(n),
+        _ => bail!("{flag} {text}: expected {form}, whole numbers from 1"),
+    }
+}
+
+impl Args {
+    /// Measures what was asked for; `only_check`: refuses what can't be, and measures nothing.
+    fn lines(&self, only_check: bool) -> anyhow::Result<Vec<Line>> {
+        if let Some(t) = self.tokens.iter().find(|t| !(1..=1 << 16).contains(*t)) {
+            bail!("--tokens {t}: expected 1 to 65536");
+        }
+        match self.op.as_str() {
+            "gated_delta" => {
+                self.takes_no(&[("--shape", !self.shape.is_empty())])?;
+                self.only_f32()?;
+                let [hk, hv] = sizes("--heads", self.heads.as_deref().unwrap_or("16/32"), "HK/HV")?;
+                ensure!(hv % hk == 0 && hv <= 1024, "--heads {hk}/{hv}: expected HV a multiple of HK, up to 1024");
+                let d = self.dim(128, 1024)?;
+                let tokens = self.tokens(&[1, 16, 64, 256, 512]);
+                self.measure(only_check, tokens.into_iter().map(|t| delta_point(t, hk, hv, d)).collect())
+            }
+            "solve_tri" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let points = self.points(&[64], &["64x128", "inverse:64"], &["f32"], |t, shape, _| {
+                    let (n, m) = match shape.strip_prefix("inverse:") {
+                        Some(n) => (sizes::<1>("--shape", n, "N")?[0], None),
+                        None => {
+                            let [n, m] = sizes("--shape", shape, "NxM")?;
+                            (n, Some(m))
+                        }
+                    };
+                    ensure!(n <= 256 && m.unwrap_or(1) <= 1 << 14, "--shape {shape}: expected N up to 256, M to 16384");
+                    Ok(Box::new(move || Ok(solve_tri::SolveTri::new(t, n, m))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "causal_conv" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let points = self.points(&[1, 512], &["8192x4"], &["f32"], |t, shape, _| {
+                    let [c, width] = sizes("--shape", shape, "CxW")?;
+                    ensure!(
+                        c <= 1 << 20 && (2..=16).contains(&width),
+                        "--shape {shape}: expected C to 1048576, W 2 to 16"
+                    );
+                    Ok(Box::new(move || Ok(causal_conv::CausalConv::new(t, c, width))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "norm" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let shapes = ["rms:1x2048", "gated:32x128", "l2:16x128"];
+                let points = self.points(&[1, 512], &shapes, &["f32"], |t, shape, _| {
+                    let (kind, size) = shape.split_once(':').unwrap_or(("rms", shape));
+                    let kind: Kind = kind.parse().map_err(|e| anyhow::anyhow!("--shape {shape}: {e}"))?;
+                    let [h, d] = sizes("--shape", size, "HxD")?;
+                    ensure!(h * d <= 1 << 20, "--shape {shape}: expected H times D to 1048576");
+                    Ok(Box::new(move || Ok(norm::Norm::new(kind, t, h, d))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "rope" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let points = self.points(&[1, 512], &["16x256x64"], &["f32"], |t, shape, _| {
+                    let [h, d, r] = sizes("--shape", shape, "HxDxR")?;
+                    let fits = h * d <= 1 << 20 && r <= d && r % 2 == 0;
+                    ensure!(fits, "--shape {shape}: expected an even R up to D, H times D to 1048576");
+                    Ok(Box::new(move || Ok(rope::Rope::new(t, h, d, r))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "attention" => {
+                let [hq, hkv] = self.query_heads()?;
+                let d = self.dim(256, 512)?;
+                let points = self.points(&[1, 128], &["2048"], &["f16"], |t, shape, dtype| {
+                    let [keys] = sizes("--shape", shape, "KEYS")?;
+                    let kv: KvType = dtype.parse().map_err(|e| anyhow::anyhow!("--dtype {dtype}: {e}"))?;
+                    ensure!(kv != KvType::Q8_0 || d % 32 == 0, "--dim {d}: expected a multiple of q8_0's block of 32");
+                    ensure!(keys <= 1 << 20, "--shape {shape}: expected up to 1048576 keys");
+                    let sizes = attention::Sizes { t, s: keys.max(t), hq, hkv, d };
+                    Ok(Box::new(move || Ok(attention::Attention::new(sizes, kv)?)))
+                })?;
+                self.measure(only_check, points)
+            }
+            "attention_merge" => {
+                self.only_f32()?;
+                let ([hq, _], d) = (self.query_heads()?, self.dim(256, 512)?);
+                let points = self.points(&[1, 8], &["8"], &["f32"], |t, shape, _| {
+                    let [parts] = sizes("--shape", shape, "PARTS")?;
+                    ensure!(parts <= 1 << 12, "--shape {shape}: expected up to 4096 parts");
+                    Ok(Box::new(move || Ok(attention::Merge::new(parts, t, hq, d))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "dequantize" => {
+                self.no_heads()?;
+                let points = self.points(&[512], &["2048"], &["q8_0", "q4_k"], |rows, shape, dtype| {
+                    let ([n], dtype) = (sizes("--shape", shape, "N")?, weight_type(dtype)?);
+                    whole_blocks(shape, n, dtype)?;
+                    Ok(Box::new(move || Ok(quant::Dequantize::new(rows, n, dtype))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "quantize" => {
+                self.no_heads()?;
+                let points = self.points(&[64], &["2048"], &["q8_0", "q4_k"], |rows, shape, dtype| {
+                    let ([n], dtype) = (sizes("--shape", shape, "N")?, weight_type(dtype)?);
+                    whole_blocks(shape, n, dtype)?;
+                    Ok(Box::new(move || Ok(quant::Quantize::new(rows, n, dtype))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "matmul" => {
+                self.no_heads()?;
+                // Projections of both layer kinds; the head, which only the last token needs.
+                let shapes = ["8192x2048", "2048x4096", HEAD];
+                let points = self.points(&[1, 64], &shapes, &["q4_k"], |m, shape, dtype| {
+                    let ([n, k], dtype) = (sizes("--shape", shape, "NxK")?, weight_type(dtype)?);
+                    whole_blocks(shape, k, dtype)?;
+                    ensure!(n * k <= 1 << 33, "--shape {shape}: expected N times K to 2^33");
+                    Ok(Box::new(move || Ok(matmul::Matmul::new(m, n, k, dtype))))
+                })?;
+                let asked = !self.shape.is_empty() || !self.tokens.is_empty();
+                self.measure(
+                    only_check,
+                    points.into_iter().filter(|p| asked || p.shape != HEAD || p.tokens == 1).collect(),
+                )
+            }
+            "moe_route" => {
+                let points = self.experts("E/K", &[1, 512], &["f32"], |sizes, _| Ok(moe::Route::new(sizes)))?;
+                self.measure(only_check, points)
+            }
+            "moe_group" => {
+                let points = self.experts("E/K", &[1, 512], &["f32"], |sizes, _| Ok(moe::Group::new(sizes)))?;
+                self.measure(only_check, points)
+            }
+            "moe_up" => {
+                let make = |sizes, dtype: &str| Ok(moe::Up::new(sizes, weight_type(dtype)?));
+                let points = self.experts("E/K:FxD", &[1, 64], &["q4_k"], make)?;
+                self.measure(only_check, points)
+            }
+            "moe_down" => {
+                let make = |sizes, dtype: &str| Ok(moe::Down::new(sizes, weight_type(dtype)?));
+                let points = self.experts("E/K:FxD", &[1, 64], &["q4_k"], make)?;
+                self.measure(only_check, points)
+            }
+            other => {
+                let known = qwen3next_verify::cases::all();
+                let known: Vec<&str> = known.iter().map(|e| e.op).filter(|op| *op != "model").collect();
+                bail!("bench op {other}: expected one of {}", known.join(", "))
+            }
+        }
+    }
+
+    fn takes_no(&self, flags: &[(&str, bool)]) -> anyhow::Result<()> {
+        match flags.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => bail!("{flag}: {} takes none", self.op),
+            None => Ok(()),
+        }
+    }
+
+    fn no_heads(&self) -> anyhow::Result<()> {
+        self.takes_no(&[("--heads", self.heads.is_some()), ("--dim", self.dim.is_some())])
+    }
+
+    fn only_f32(&self) -> anyhow::Result<()> {
+        match self.dtype.iter().find(|d| *d != "f32") {
+            Some(dtype) => bail!("--dtype {dtype}: expected f32, which is what {} takes", self.op),
+            None => Ok(()),
+        }
+    }
+
+    fn query_heads(&self) -> anyhow::Result<[usize; 2]> {
+        let [hq, hkv] = sizes("--heads", self.heads.as_deref().unwrap_or("16/2"), "HQ/HKV")?;
+        ensure!(hq % hkv == 0 && hq <= 1024, "--heads {hq}/{hkv}: expected HQ a multiple of HKV, up to 1024");
+        Ok([hq, hkv])
+    }
+
+    fn dim(&self, default: usize, most: usize) -> anyhow::Result<usize> {
+        let d = self.dim.unwrap_or(default);
+        ensure!((1..=most).contains(&d), "--dim {d}: expected 1 to {most}");
+        Ok(d)
+    }
+
+    fn tokens(&self, default: &[usize]) -> Vec<usize> {
+        if self.tokens.is_empty() {
+            default.to_vec()
+        } else {
+            self.tokens.clone()
+        }
+    }
+
+    /// Every shape, type and number of tokens.
+    fn points<T>(
+        &self,
+        tokens: &[usize],
+        shapes: &[&str],
+        dtypes: &[&str],
+        point: impl Fn(usize, &str, &str) -> anyhow::Result<Box<dyn Fn() -> anyhow::Result<T>>>,
+    ) -> anyhow::Result<Vec<Point<T>>> {
+        let or = |given: &[String], default: &[&str]| match given {
+            [] => default.iter().map(|s| s.to_string()).collect(),
+            given => given.to_vec(),
+        };
+        let mut points = Vec::new();
+        for shape in or(&self.shape, shapes) {
+            for dtype in or(&self.dtype, dtypes) {
+                for tokens in self.tokens(tokens) {
+                    let make = point(tokens, &shape, &dtype)?;
+                    points.push(Point { tokens, shape: shape.clone(), dtype: dtype.clone(), make });
+                }
+            }
+        }
+        Ok(points)
+    }
+
+    /// The points of a step of the sparse feed-forward.
+    fn experts<T: 'static>(
+        &self,
+        form: &str,
+        tokens: &[usize],
+        dtypes: &[&str],
+        make: fn(moe::Sizes, &str) -> anyhow::Result<T>,
+    ) -> anyhow::Result<Vec<Point<T>>> {
+        self.no_heads()?;
+        let full = form.contains(':');
+        if !full {
+            self.only_f32()?;
+        }
+        let shape = if full { "512/10:512x2048" } else { "512/10" };
+        self.points(tokens, &[shape], dtypes, |t, shape, dtype| {
+            let [e, top_k, f, d] = match full {
+                true => sizes("--shape", shape, form)?,
+                false => {
+                    let [e, top_k] = sizes("--shape", shape, form)?;
+                    [e, top_k, 1, 1]
+                }
+            };
+            ensure!(top_k <= e && e <= 65536, "--shape {shape}: expected K up to E, E to 65536");
+            ensure!(e * f * d <= 1 << 32, "--shape {shape}: expected E times F times D to 2^32");
+            if full {
+                let dtype = weight_type(dtype)?;
+                whole_blocks(shape, f, dtype)?;
+                whole_blocks(shape, d, dtype)?;
+            }
+            let (sizes, dtype) = (moe::Sizes { t, e, top_k, d, f }, dtype.to_string());
+            Ok(Box::new(move || make(sizes, &dtype)))
+        })
+    }
+
+    fn measure<T: Timed + Send>(&self, only_check: bool, points: Vec<Point<T>>) -> anyhow::Result<Vec<Line>> {
+        let mut variants = chosen::<T::Op>(&self.variant)?;
+        if only_check {
+            return Ok(Vec::new());
+        }
+        variants.extend(load(&self.plugin)?);
+        measure(points, &variants, self.threads, self.repetitions)
+    }
+}
+
+/// Rows of the output projection.
+const HEAD: &str = "151936x2048";
+
+fn weight_type(name: &str) -> anyhow::Result<Type> {
+    name.parse().map_err(|e| anyhow::anyhow!("--dtype {name}: {e}"))
+}
+
+fn whole_blocks(shape: &str, n: usize, dtype: Type) -> anyhow::Result<()> {
+    let block = dtype.dtype().block();
+    ensure!(n % block == 0, "--shape {shape}: {n} is no multiple of {dtype}'s block of {block}");
+    Ok(())
+}
+
+/// The variants of these names, in their order; all available ones where no name is given.
+fn chosen<O: Operator>(names: &[String]) -> anyhow::Result<Vec<Variant<O>>> {
+    let all = O::variants();
+    if names.is_empty() {
+        return Ok(all.into_iter().filter(|v| v.isa().available()).collect());
+    }
+    names
+        .iter()
+        .map(|name| {
+            let known = || all.iter().map(|v| v.name()).collect::<Vec<_>>().join(", ");
+            let found =
+                Variant::by_name(name).with_context(|| format!("--variant {name}: expected one of {}", known()))?;
+            ensure!(found.isa().available(), "--variant {name}: needs {}, which this CPU lacks", found.isa());
+            Ok(found)
+        })
+        .collect()
+}
+
+/// The variants of these libraries, each with a name of its own.
+fn load<O: Operator>(plugins: &[Plugin]) -> anyhow::Result<Vec<Variant<O>>> {
+    let mut variants: Vec<Variant<O>> = Vec::new();
+    for plugin in plugins {
+        // SAFETY: whoever names a library on the command line wants it run; what it is, is theirs to know.
+        let variant = unsafe { plugin.load::<O>() }.map_err(anyhow::Error::msg)?;
+        if variants.iter().any(|v| v.name() == variant.name()) {
+            bail!("--plugin {plugin}: a second variant named {}", variant.name());
+        }
+        variants.push(variant);
+    }
+    Ok(variants)
+}
+
+/// Verifies and times the variants at every point.
+fn measure<T: Timed + Send>(
+    points: Vec<Point<T>>,
+    variants: &[Variant<T::Op>],
+    threads: usize,
+    samples: usize,
+) -> anyhow::Result<Vec<Line>> {
+    let op = T::Op::NAME;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("--threads")?;
+    let bar = super::progress(points.len() as u64, "bench {wide_bar} {pos}/{len} {msg}");
+    let peaks = Peaks::new();
+    let mut lines = Vec::new();
+    for Point { tokens, shape, dtype, make } in points {
+        bar.set_message(format!("{op} {shape} {dtype}, {tokens} tokens"));
+        let mut timed = make()?;
+        let mut metrics = Vec::new();
+        let again = format!("qwen3next bench op {op}, {tokens} tokens of {shape} {dtype}");
+        for v in variants {
+            super::plugin::announce(v.name(), v.isa(), &format!("while it was verified for {again}"));
+            let wrong = |e: Failure| super::Wrong(format!("{} is wrong, so it is not timed: {e}", v.name()));
+            metrics.push(timed.verify(v).map_err(wrong)?);
+        }
+        super::plugin::announce("a variant", Isa::SCALAR, &format!("while all were timed for {again}"));
+        let execs: Vec<Exec<T::Op>> = variants.iter().map(|v| Exec::variant(*v).parts(threads)).collect();
+        let least = Duration::from_millis(4);
+        let times = pool.install(|| interleaved(variants.len(), samples, least, |i| timed.run(&execs[i])));
+        let times = times.map_err(|e| anyhow::anyhow!("{e}"))?;
+        let work = timed.work();
+        for ((v, time), metrics) in variants.iter().zip(&times).zip(metrics) {
+            lines.push(Line {
+                op,
+                variant: v.name(),
+                dtype: dtype.clone(),
+                shape: shape.clone(),
+                tokens,
+                threads,
+                time: *time,
+                ratio: times[0].median / time.median,
+                gflops: work.ops / time.median / 1e9,
+                gbs: work.bytes / time.median / 1e9,
+                roof: peaks.roof(timed.unit(v), work.ops, work.bytes, time.median, threads),
+                metrics,
+            });
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(lines)
+}
+
+/// A markdown table.
+pub fn table(lines: &[Line], out: &mut impl Write) -> anyhow::Result<()> {
+    let op = lines.first().map_or("", |l| l.op);
+    let width = lines.iter().map(|l| l.variant.len()).max().unwrap_or(0).max(op.len());
+    let shape_width = lines.iter().map(|l| l.shape.len()).max().unwrap_or(0).max(5);
+    writeln!(
+        out,
+        "| {op:<width$} | {:<shape_width$} | {:<5} | {:>6} | {:>10} | {:>10} | {:>7} | {:>9} | {:>7} | {:>14} | {:>12} |",
+        "shape", "dtype", "tokens", "median µs", "min µs", "speed", "GFLOP/s", "GB/s", "of peak", "worst row L2"
+    )?;
+    writeln!(
+        out,
+        "| {:-<width$} | {:-<shape_width$} | ----- | {:->5}: | {:->9}: | {:->9}: | {:->6}: | {:->8}: | {:->6}: | {:->13}: | {:->11}: |",
+        "", "", "", "", "", "", "", "", "", ""
+    )?;
+    for l in lines {
+        writeln!(
+            out,
+            "| {:<width$} | {:<shape_width$} | {:<5} | {:>6} | {:>10.1} | {:>10.1} | {:>6.2}× | {:>9.2} | {:>7.2} | {:>14} | {:>12.1e} |",
+            l.variant,
+            l.shape,
+            l.dtype,
+            l.tokens,
+            l.time.median * 1e6,
+            l.time.min * 1e6,
+            l.ratio,
+            l.gflops,
+            l.gbs,
+            percent(l.roof),
+            l.metrics.row_l2
+        )?;
+    }
+    writeln!(
+        out,
+        "speed: against {}, medians of one interleaved run; of peak: of what this machine reached in the same run, in the \
+         nearer of arithmetic and reading",
+        lines.first().map_or("", |l| l.variant)
+    )?;
+    Ok(())
+}
+
+/// `63.0 % memory`.
+pub fn percent(roof: Roof) -> String {
+    format!("{:.1} % {}", 100.0 * roof.fraction, roof.name)
+}
+
+/// Tokens per second over tokens, one line a variant, shape and type, both axes logarithmic.
+fn plot(op: &str, lines: &[Line], file: super::Output) -> anyhow::Result<()> {
+    let many = |of: fn(&Line) -> &str| lines.iter().any(|l| of(l) != of(&lines[0]));
+    let (shapes, dtypes) = (many(|l| &l.shape), many(|l| &l.dtype));
+    let name = |l: &Line| {
+        let mut name = l.variant.to_string();
+        for (_, part) in [(shapes, &l.shape), (dtypes, &l.dtype)].into_iter().filter(|(more, _)| *more) {
+            name = format!("{name} {part}");
+        }
+        name
+    };
+    let mut series: Vec<super::plot::Series> = Vec::new();
+    for l in lines {
+        let (name, point) = (name(l), (l.tokens as f64, l.tokens as f64 / l.time.median));
+        match series.iter_mut().find(|s| s.name == name) {
+            Some(s) => s.points.push(point),
+            None => series.push(super::plot::Series { name, points: vec![point] }),
+        }
+    }
+    let caption = format!("{op}: tokens per second by variant");
+    file.finish(super::plot::svg(&caption, "tokens of a call", &series)?.as_bytes())
+}

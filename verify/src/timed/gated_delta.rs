@@ -1,0 +1,38 @@
+//! The delta rule of one layer: one sequence, in-kernel norm, the state updated in place.
+
+use super::{Timed, Work};
+use crate::cases::gated_delta as cases;
+use crate::compare::{Failure, Metrics};
+use qwen3next_kernels::gated_delta::Op;
+use qwen3next_kernels::{Exec, Variant};
+
+/// `t` tokens, `hk` key and `hv` value heads of `d` channels.
+pub struct GatedDelta(cases::Timed);
+
+impl GatedDelta {
+    /// Inputs.
+    pub fn new(t: usize, hk: usize, hv: usize, d: usize) -> GatedDelta {
+        GatedDelta(cases::Timed::new(t, hk, hv, d))
+    }
+}
+
+impl Timed for GatedDelta {
+    type Op = Op;
+
+    fn judge(&self, variant: &Variant<Op>) -> Result<Metrics, Failure> {
+        self.0.verify(variant)
+    }
+
+    fn run(&mut self, exec: &Exec<Op>) -> Result<(), Failure> {
+        self.0.run(exec)
+    }
+
+    /// 7 K V a token and value head; the state in and out.
+    fn work(&self) -> Work {
+        Work { ops: self.0.flops(), bytes: self.0.bytes() }
+    }
+
+    fn output(&mut self) -> &mut [f32] {
+        self.0.output()
+    }
+}
