@@ -81,11 +81,15 @@ impl Q8 {
         self.dtype
     }
 
+    /// The memory of the rows, packed blocks of [`dtype`](Self::dtype), perhaps with more behind them.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: any u32 is four bytes.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), 4 * self.words.len()) }
+    }
+
     /// The rows as bytes of [`dtype`](Self::dtype).
     pub fn view(&self) -> Weight<'_, 2> {
-        // SAFETY: any u32 is four bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), 4 * self.words.len()) };
-        Weight::new(bytes, self.dtype, [self.rows, self.cols]).expect("quantize made room for these rows")
+        Weight::new(self.bytes(), self.dtype, [self.rows, self.cols]).expect("quantize made room for these rows")
     }
 }
 

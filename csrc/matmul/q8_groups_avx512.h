@@ -37,6 +37,14 @@ static inline q3n_groups q3n_groups_of(const void *w, q3n_dtype dtype, int64_t f
   return g;
 }
 
+/* Where rows `first` .. of interleaved w lie, to be fetched while the tile before them is computed; `otherwise` where
+   there are none or w is not interleaved. */
+static inline const uint8_t *q3n_groups_next(const void *w, q3n_dtype dtype, int64_t first, int64_t rows, int64_t stride,
+                                             const uint8_t *otherwise) {
+  if (!(dtype & Q3N_R16) || first >= rows) return otherwise;
+  return (const uint8_t *)q3n_element(w, dtype, first * stride);
+}
+
 /* How many of `left` tokens the next tile takes: there are tiles of 1 to 6, 8 and 10, and even cuts waste least. */
 static inline int64_t q3n_q8_take(int64_t left) {
   static const int8_t take[] = {0, 1, 2, 3, 4, 5, 6, 4, 8, 5, 10, 6, 6, 8, 8, 10, 8};

@@ -30,6 +30,11 @@ static inline float float_at(const uint8_t *p) {
   return f;
 }
 
+/* Brings line `line` of what comes next closer: the hardware stops at every page, weights do not. */
+static inline void fetch(const uint8_t *next, int64_t line) {
+  _mm_prefetch((const char *)next + 64 * line, _MM_HINT_T0);
+}
+
 /* Sixteen f16 values. */
 static inline __m512 halves(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline __m512 low_half(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }

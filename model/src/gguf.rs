@@ -5,7 +5,7 @@
 
 use crate::error::{shown, Error};
 use crate::file::{self, Options};
-use crate::weights::Store;
+use crate::weights::{Memory, Store};
 use crate::whole::WholeFile;
 use qwen3next_kernels::DType;
 use std::collections::HashMap;
@@ -277,7 +277,7 @@ impl Gguf {
 
     /// As [`Gguf::open`], of the bytes of a file; `path` names them in errors.
     pub fn parse_bytes(path: &Path, bytes: Vec<u8>) -> Result<Gguf, Error> {
-        Gguf::parse_store(path, Store::Owned(Arc::new(bytes)))
+        Gguf::parse_store(path, Store::Owned(Arc::new(Memory::of(bytes))))
     }
 
     /// As [`Gguf::parse_bytes`], of bytes that are there already.

@@ -2,7 +2,7 @@
 
 use crate::error::{shown, Error};
 use crate::file::{self, Options};
-use crate::weights::Store;
+use crate::weights::{Memory, Store};
 use qwen3next_kernels::DType;
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::{BTreeMap, HashMap};
@@ -62,7 +62,7 @@ impl Safetensors {
 
     /// As [`Safetensors::open`], of the bytes of a file; `path` names them in errors.
     pub fn parse_bytes(path: &Path, bytes: Vec<u8>) -> Result<Safetensors, Error> {
-        Safetensors::parse_store(path, Store::Owned(Arc::new(bytes)))
+        Safetensors::parse_store(path, Store::Owned(Arc::new(Memory::of(bytes))))
     }
 
     fn parse_store(path: &Path, store: Store) -> Result<Safetensors, Error> {

@@ -323,7 +323,8 @@ impl Tokenizer {
     pub(crate) fn gguf_keys(&self, path: &Path) -> Result<Vec<(&'static str, Put)>, Error> {
         let bad = |why: String| Error::format(path, why);
         let file: Json = serde_json::from_str(&read_text(path, MAX_JSON)?).map_err(|e| bad(shown(&e.to_string())))?;
-        let steps = file.pre_tokenizer.get("pretokenizers").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let steps =
+            file.pre_tokenizer.get("pretokenizers").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let is_qwen2 = match steps {
             [split, level] => {
                 let flag = |key: &str| level.get(key).and_then(Value::as_bool);

@@ -17,16 +17,71 @@ pub(crate) enum Store {
     /// A file.
     Mapped(Arc<Mmap>),
     /// Gathered or converted at load.
-    Owned(Arc<Vec<u8>>),
+    Owned(Arc<Memory>),
     /// Part of the program.
     Embedded(&'static [u8]),
+}
+
+/// Bytes of our own, 64-byte aligned and zero at first. Large ones ask for huge pages: weights are read in long runs, and
+/// a page of 4 KB ends every run of the hardware's prefetcher.
+pub(crate) struct Memory {
+    bytes: Bytes,
+    start: usize,
+    len: usize,
+}
+
+enum Bytes {
+    Heap(Vec<u8>),
+    Pages(memmap2::MmapMut),
+}
+
+impl Memory {
+    /// Bytes from which huge pages pay.
+    const LARGE: usize = 4 << 20;
+
+    /// `len` zeros; `None` where there is no memory.
+    pub(crate) fn zeros(len: usize) -> Option<Memory> {
+        if len >= Self::LARGE {
+            let pages = memmap2::MmapMut::map_anon(len).ok()?;
+            #[cfg(target_os = "linux")]
+            // Without huge pages it is only slower.
+            let _ = pages.advise(memmap2::Advice::HugePage);
+            return Some(Memory { bytes: Bytes::Pages(pages), start: 0, len });
+        }
+        let heap = vec![0u8; len + 63];
+        let start = heap.as_ptr().align_offset(64).min(63);
+        Some(Memory { bytes: Bytes::Heap(heap), start, len })
+    }
+
+    /// These bytes, as they are.
+    pub(crate) fn of(heap: Vec<u8>) -> Memory {
+        Memory { start: 0, len: heap.len(), bytes: Bytes::Heap(heap) }
+    }
+
+    /// All of them.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let all: &[u8] = match &self.bytes {
+            Bytes::Heap(heap) => heap,
+            Bytes::Pages(pages) => pages,
+        };
+        all.get(self.start..self.start + self.len).unwrap_or(&[])
+    }
+
+    /// All of them, to be filled.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        let all: &mut [u8] = match &mut self.bytes {
+            Bytes::Heap(heap) => heap,
+            Bytes::Pages(pages) => pages,
+        };
+        all.get_mut(self.start..self.start + self.len).unwrap_or(&mut [])
+    }
 }
 
 impl Store {
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
             Store::Mapped(map) => map,
-            Store::Owned(bytes) => bytes,
+            Store::Owned(memory) => memory.bytes(),
             Store::Embedded(bytes) => bytes,
         }
     }
@@ -69,13 +124,6 @@ pub(crate) fn alignment(dtype: DType) -> usize {
     }
 }
 
-/// A buffer whose bytes from the returned offset on are `align`ed, with `len` zeros there.
-fn aligned(len: usize, align: usize) -> (Vec<u8>, usize) {
-    let buffer = vec![0u8; len + align - 1];
-    let start = buffer.as_ptr().align_offset(align).min(align - 1);
-    (buffer, start)
-}
-
 impl Tensor {
     /// A tensor in `store`; `None` where the shape does not fit the type or the bytes. Misaligned data is copied.
     pub(crate) fn new(store: Store, start: usize, dtype: DType, shape: [usize; 3], stride: usize) -> Option<Tensor> {
@@ -93,10 +141,10 @@ impl Tensor {
         let tensor = if bytes.as_ptr().align_offset(alignment(dtype)) == 0 {
             Tensor { store, start, len, dtype, experts, rows, cols, expert_stride: stride }
         } else {
-            let (mut buffer, start) = aligned(len, 64);
-            buffer.get_mut(start..start + len)?.copy_from_slice(bytes);
-            let store = Store::Owned(Arc::new(buffer));
-            Tensor { store, start, len, dtype, experts, rows, cols, expert_stride: stride }
+            let mut memory = Memory::zeros(len)?;
+            memory.bytes_mut().copy_from_slice(bytes);
+            let store = Store::Owned(Arc::new(memory));
+            Tensor { store, start: 0, len, dtype, experts, rows, cols, expert_stride: stride }
         };
         Some(tensor)
     }
@@ -109,10 +157,10 @@ impl Tensor {
         if cols % dtype.block() != 0 {
             return None;
         }
-        let (mut buffer, start) = aligned(len, 64);
-        fill(buffer.get_mut(start..start + len)?)?;
-        let store = Store::Owned(Arc::new(buffer));
-        Some(Tensor { store, start, len, dtype, experts, rows, cols, expert_stride: matrix })
+        let mut memory = Memory::zeros(len)?;
+        fill(memory.bytes_mut())?;
+        let store = Store::Owned(Arc::new(memory));
+        Some(Tensor { store, start: 0, len, dtype, experts, rows, cols, expert_stride: matrix })
     }
 
     /// A packed f32 tensor of these values.

@@ -199,12 +199,20 @@ fn best(threads: usize, work: f64, call: impl Fn(usize, usize) + Sync) -> f64 {
         let end = spans.iter().map(|s| s.1).max();
         begin.zip(end).map_or(0.0, |(begin, end)| (end - begin).as_secs_f64()).max(1e-9)
     };
-    once(1);
+    // How much fills a sample is told by one thread, at its fastest: an interrupted call would make samples too small.
+    let alone = |times: usize| {
+        let one = |_| {
+            let begin = Instant::now();
+            call(0, times);
+            begin.elapsed().as_secs_f64().max(1e-9)
+        };
+        (0..3).map(one).fold(f64::INFINITY, f64::min)
+    };
     let mut times = 1;
-    let mut seconds = once(times);
+    let mut seconds = alone(times);
     while seconds < SAMPLE.as_secs_f64() && times < 1 << 40 {
         times = (times as f64 * (1.3 * SAMPLE.as_secs_f64() / seconds).clamp(2.0, 1000.0)) as usize;
-        seconds = once(times);
+        seconds = alone(times);
     }
     (0..SAMPLES).map(|_| work * times as f64 / once(times)).fold(0.0, f64::max)
 }

@@ -1,8 +1,9 @@
 //! Cases as files, for machines that have a C compiler and no Rust: `neon/replay.c` runs a variant on them there.
 //!
-//! A check that only compares results with a reference runs once on a variant that computes nothing: it keeps its arguments and every array they point to, and
-//! fills the outputs with numbered tags. Where the check then compares outputs with what it expects, the tags say which
-//! element is meant. So a file holds the inputs and bounds of the check itself. The format: neon/README.md.
+//! A check that only compares results with a reference runs once on a variant that computes nothing: it keeps its
+//! arguments and every array they point to, and fills the outputs with numbered tags. Where the check then compares
+//! outputs with what it expects, the tags say which element is meant. So a file holds the inputs and bounds of the
+//! check itself. The format: neon/README.md.
 
 use crate::compare::{Failure, Metrics};
 use crate::guard::{self, Place};

@@ -222,7 +222,7 @@ fn what_is_not_there_or_makes_no_sense_is_one_line() {
         ("bench model -ngl 99", "-ngl 99"),
         ("bench model -ncmoe 4", "--n-cpu-moe 4"),
         ("bench model -fa 0", "-fa 0"),
-        ("bench model -mmp 0", "-mmp 0"),
+        ("bench model -mmp 2", "-mmp 2"),
         ("bench model -ctk q5_1", "-ctk q5_1"),
         ("bench model -ctv nonsense", "-ctv nonsense"),
         ("bench model -rtr 2", "-rtr 2"),

@@ -74,7 +74,7 @@ fn replayed_cases_pass_and_a_wrong_bit_does_not() {
     assert!(report.trim_end().ends_with(" 0 failures"), "{report}");
 
     let bad = folder.path().join("bad.cases");
-    let mut fails = |bytes: &[u8], code: i32, message: &str| {
+    let fails = |bytes: &[u8], code: i32, message: &str| {
         std::fs::write(&bad, bytes).unwrap();
         let (got, report) = run(Command::new(&program).arg(&bad));
         assert_eq!(got, code, "{report}");
@@ -91,7 +91,7 @@ fn replayed_cases_pass_and_a_wrong_bit_does_not() {
         fails(&bytes, 1, &format!("\n  qwen3next verify --op {op} --check "));
     }
     // An element that nothing is expected of must not be written.
-    let mut bytes = std::fs::read(folder.path().join("rope.cases")).unwrap();
+    let mut bytes = std::fs::read(folder.path().join("solve_tri.cases")).unwrap();
     let &(_, at, count) = expectations(&bytes).iter().rfind(|e| !e.0 && e.2 > 1).unwrap();
     let (last_want, last_bound) = (at + (count - 1) * 8, at + (2 * count - 1) * 8);
     bytes.drain(last_bound..last_bound + 8);

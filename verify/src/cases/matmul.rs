@@ -1,14 +1,15 @@
 //! Matmul: the dot-product bound for every dtype, and the independence of rows bit for bit.
 
 use crate::buffer::{Input, Layout, Output};
-use crate::cases::quant::{Blocks, Type, NAN_BYTE};
+use crate::cases::quant::{decode_q8, magnitudes, Blocks, Form, Type, NAN_BYTE};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics};
 use crate::reference::{matmul as reference, quant};
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use crate::{case, choice};
 use ndarray::ArrayView2;
 use proptest::prelude::*;
-use qwen3next_kernels::{matmul, Exec, Variant};
+use qwen3next_kernels::activations::Rows;
+use qwen3next_kernels::{matmul, Exec, Variant, View, Weight};
 use rand::Rng as _;
 
 choice! {
@@ -34,7 +35,9 @@ case! {
         pub n: usize,
         /// Blocks of the contracted axis: K = blocks · block.
         pub blocks: usize,
-        /// Strides.
+        /// How x and w meet; plain types have one form.
+        pub form: Form,
+        /// Strides; interleaved weights are packed.
         pub layout: Layout,
         /// Fill.
         pub regime: Regime,
@@ -45,6 +48,11 @@ impl Case {
     /// Length of the contracted axis.
     pub fn k(&self) -> usize {
         self.blocks * self.dtype.dtype().block()
+    }
+
+    /// The form that the weights allow.
+    fn form(&self) -> Form {
+        self.form.for_weights(self.dtype.dtype(), self.n)
     }
 }
 
@@ -82,9 +90,17 @@ impl Inputs {
 /// Runs the operator and returns y, packed.
 pub fn multiply(exec: &Exec<matmul::Op>, case: &Case, inputs: &Inputs) -> Result<Vec<f32>, Failure> {
     let x = Input::new(&inputs.x, [case.m, case.k()], case.layout);
-    let w = Blocks::new(&inputs.w, case.dtype.dtype(), [case.n, case.k()], case.layout);
+    let (form, dtype) = (case.form(), case.dtype.dtype());
+    let (bytes, w_dtype) = form.weights(&inputs.w, dtype, case.k());
+    let w_layout = if form.is_interleaved() { Layout::Packed } else { case.layout };
+    let w = Blocks::new(&bytes, w_dtype, [case.n, case.k()], w_layout);
+    let q8 = form.activations(x.view(), dtype)?;
+    let rows = match &q8 {
+        Some(bytes) => Rows::Q8(Weight::new(bytes, dtype.activations(), [case.m, case.k()])?),
+        None => x.view().into(),
+    };
     let mut y = Output::new([case.m, case.n], case.layout);
-    matmul::run(matmul::Args { y: y.view(), x: x.view().into(), w: w.view() }, exec)?;
+    matmul::run(matmul::Args { y: y.view(), x: rows, w: w.view() }, exec)?;
     y.read("y")
 }
 
@@ -92,15 +108,22 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// |ŷ − y| ≤ γ_{K+1} Σ|x||w| (one rounding more for the decoded weight), plus an underflow a product.
+/// |ŷ − y| ≤ γ_{K+1} Σ|x||w| (one rounding more for the decoded weight), plus an underflow a product. 8-bit activations
+/// are judged by the values they stand for; a block of integers rounds less than K times, but keeps the minima apart,
+/// and its scales' product may underflow under a sum of 2^30.
 pub fn against_reference(variant: &Variant<matmul::Op>, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let got = multiply(&Exec::variant(*variant), case, &inputs)?;
-    let (x, w) = (wide(&inputs.x), quant::dequantize(case.dtype.dtype(), &inputs.w));
+    let (k, dtype) = (case.k(), case.dtype.dtype());
+    let q8 = case.form().activations(View::new(&inputs.x, [case.m, k])?, dtype)?;
+    let x = q8.as_ref().map_or_else(|| wide(&inputs.x), |bytes| wide(&decode_q8(dtype.activations(), bytes)));
+    let w = quant::dequantize(dtype, &inputs.w);
+    let sizes = if q8.is_some() { magnitudes(case.dtype, &inputs.w) } else { w.clone() };
     let x = ArrayView2::from_shape((case.m, case.k()), &x).expect("m × k");
     let w = ArrayView2::from_shape((case.n, case.k()), &w).expect("n × k");
-    let (k, underflow) = (case.k(), 2f64.powi(-149));
-    let bound: Vec<f64> = reference::abs_matmul(x, w).iter().map(|s| gamma(k + 1) * s + k as f64 * underflow).collect();
+    let sizes = ArrayView2::from_shape((case.n, case.k()), &sizes).expect("n × k");
+    let underflow = 2f64.powi(if q8.is_some() { -119 } else { -149 });
+    let bound: Vec<f64> = reference::abs_matmul(x, sizes).iter().map(|s| gamma(k + 1) * s + k as f64 * underflow).collect();
     compare("y", &got, reference::matmul(x, w).as_slice().expect("packed"), &bound, case.n).map(Some)
 }
 
@@ -108,7 +131,7 @@ pub fn against_reference(variant: &Variant<matmul::Op>, case: &Case, seed: u64) 
 fn unit_vectors(variant: &Variant<matmul::Op>, case: &Case, seed: u64) -> Outcome {
     let mut inputs = Inputs::generate(case, seed);
     let k = case.k();
-    if k == 0 {
+    if k == 0 || case.form().is_q8() {
         return Ok(None);
     }
     let pick = |m: usize| (seed as usize + m * 37) % k;
@@ -131,6 +154,9 @@ fn rows_alone(variant: &Variant<matmul::Op>, case: &Case, seed: u64) -> Outcome 
     for m in 0..case.m {
         let alone = Inputs { x: inputs.x[m * k..][..k].to_vec(), w: inputs.w.clone() };
         bitwise("a row of x alone", &multiply(&exec, &one_x, &alone)?, &whole[m * n..][..n])?;
+    }
+    if case.form().is_interleaved() {
+        return Ok(Some(Metrics::default()));
     }
     let one_w = Case { n: 1, ..case.clone() };
     let bytes = inputs.w.len() / n.max(1);
@@ -212,21 +238,48 @@ impl Suite for Matmul {
                 let c = i + j;
                 let blocks = if block == 1 { edges[j % edges.len()] } else { [1, 2, 3, 5][c % 4].min(768 / block) };
                 let (layout, regime) = (Layout::ALL[c % 2], Regime::ALL[c % 3]);
-                grid.push(Case { dtype, m, n, blocks, layout, regime });
+                grid.push(Case { dtype, m, n, blocks, form: Form::F32, layout, regime });
             }
-            grid.push(Case { dtype, m: 2, n: 3, blocks: 0, layout: Layout::Packed, regime: Regime::Mild });
-            let blocks = 2048 / block;
-            grid.push(Case { dtype, m: 1, n: 24, blocks, layout: Layout::Packed, regime: Regime::Outlier });
+            let plain = Case {
+                dtype,
+                m: 2,
+                n: 3,
+                blocks: 0,
+                form: Form::F32,
+                layout: Layout::Packed,
+                regime: Regime::Mild,
+            };
+            grid.push(plain.clone());
+            let long = Case { m: 1, n: 24, blocks: 2048 / block, regime: Regime::Outlier, ..plain.clone() };
+            grid.push(long.clone());
+            if block == 1 {
+                continue;
+            }
+            // Every tile of tokens, one and two groups of rows, groups cut short.
+            for (j, &form) in Form::ALL.iter().enumerate().skip(1) {
+                for (c, (m, n)) in [(1, 16), (2, 32), (3, 48), (4, 17), (5, 16), (7, 33), (8, 15), (10, 64), (29, 31), (0, 16)]
+                    .into_iter()
+                    .enumerate()
+                {
+                    let n = if form.is_interleaved() { n.div_ceil(16) * 16 } else { n };
+                    let (layout, regime) = (Layout::ALL[c % 2], Regime::ALL[(i + c) % 3]);
+                    let blocks = [1, 2, 3, 5][(i + j + c) % 4].min(768 / block);
+                    grid.push(Case { dtype, m, n, blocks, form, layout, regime });
+                }
+                grid.push(Case { form, n: 16, ..plain.clone() });
+                grid.push(Case { form, n: 48, ..long.clone() });
+            }
         }
         grid
     }
 
     fn strategy() -> BoxedStrategy<Case> {
         let choose = (prop::sample::select(Layout::ALL), prop::sample::select(Regime::ALL));
-        (prop::sample::select(Type::ALL), 0usize..12, 0usize..20, 0usize..300, choose)
-            .prop_map(|(dtype, m, n, k, (layout, regime))| {
+        let types = (prop::sample::select(Type::ALL), prop::sample::select(Form::ALL));
+        (types, 0usize..24, 0usize..40, 0usize..300, choose)
+            .prop_map(|((dtype, form), m, n, k, (layout, regime))| {
                 let block = dtype.dtype().block();
-                Case { dtype, m, n, blocks: k.div_ceil(block), layout, regime }
+                Case { dtype, m, n, blocks: k.div_ceil(block), form, layout, regime }
             })
             .boxed()
     }

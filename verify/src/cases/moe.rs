@@ -1,7 +1,7 @@
 //! Router, grouping and the expert feed-forward: each against its reference, and what must hold bit for bit.
 
 use crate::buffer::{zones, Input, Layout, Output, POISON};
-use crate::cases::quant::{Blocks, Type, NAN_BYTE};
+use crate::cases::quant::{decode_q8, magnitudes, Blocks, Form, Type, NAN_BYTE};
 use crate::compare::{bitwise, compare, gamma, Failure, Metrics, TINY32, U32};
 use crate::guard::Guarded;
 use crate::record;
@@ -10,6 +10,7 @@ use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
 use ndarray::{ArrayView1, ArrayView2};
 use proptest::prelude::*;
+use qwen3next_kernels::activations::{Rows, Q8};
 use qwen3next_kernels::moe::{self, down, group, route, up, Execs, Routing};
 use qwen3next_kernels::{matmul, DType, Error, Exec, Operator, Variant, View, ViewMut, Weight};
 use rand::seq::SliceRandom;
@@ -370,7 +371,9 @@ case! {
         pub down_type: Type,
         /// Gate and up in one merged tensor.
         pub merged: bool,
-        /// Strides.
+        /// How activations and weights meet, as far as the types allow it.
+        pub form: Form,
+        /// Strides; interleaved weights are packed.
         pub layout: Layout,
         /// Who goes where.
         pub crowd: Crowd,
@@ -445,16 +448,26 @@ impl Inputs {
     }
 }
 
-/// Runs up and down; returns h and y, packed.
+/// Runs up and down; returns h and y, packed. Interleaved weights are packed.
 fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f32>), Failure> {
     let (t, e, d, f) = (case.t, case.e, case.d(), case.f());
     let routing = Routing::from_ids(e, case.top_k, inputs.ids.clone(), inputs.weights.clone())?;
     record::lend(routing.order());
     record::lend(routing.offsets());
     record::lend(routing.weights().unwrap_or_default());
-    let up_type = case.up_type.dtype();
+    let (up_dtype, down_dtype) = (case.up_type.dtype(), case.down_type.dtype());
+    let (up_form, down_form) = (case.form.for_weights(up_dtype, f), case.form.for_weights(down_dtype, d));
+    let layout = |form: Form| if form.is_interleaved() { Layout::Packed } else { case.layout };
     let x = Input::new(&inputs.x, [t, d], case.layout);
-    let down = Blocks::new(&inputs.down, case.down_type.dtype(), [e, d, f], case.layout);
+    let x_q8 = up_form.activations(x.view(), up_dtype)?;
+    let rows = match &x_q8 {
+        Some(bytes) => Rows::Q8(Weight::new(bytes, up_dtype.activations(), [t, d])?),
+        None => x.view().into(),
+    };
+    let (down, down_type) = down_form.weights(&inputs.down, down_dtype, f);
+    let down = Blocks::new(&down, down_type, [e, d, f], layout(down_form));
+    let ((gate_bytes, up_type), (up_bytes, _)) =
+        (up_form.weights(&inputs.gate, up_dtype, d), up_form.weights(&inputs.up, up_dtype, d));
     let mut y = match &inputs.start {
         Some(start) => Output::with(start, [t, d], case.layout),
         None => Output::new([t, d], case.layout),
@@ -462,18 +475,18 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     let (merged, gate, up);
     let (gate, up) = if case.merged {
         let experts =
-            (0..e).flat_map(|i| [Inputs::expert(case, &inputs.gate, i), Inputs::expert(case, &inputs.up, i)].concat());
+            (0..e).flat_map(|i| [Inputs::expert(case, &gate_bytes, i), Inputs::expert(case, &up_bytes, i)].concat());
         merged = Guarded::of(&experts.collect::<Vec<u8>>());
         Weight::split_gate_up(&merged, up_type, [e, f, d])?
     } else {
-        gate = Blocks::new(&inputs.gate, up_type, [e, f, d], case.layout);
-        up = Blocks::new(&inputs.up, up_type, [e, f, d], case.layout);
+        gate = Blocks::new(&gate_bytes, up_type, [e, f, d], layout(up_form));
+        up = Blocks::new(&up_bytes, up_type, [e, f, d], layout(up_form));
         (gate.view(), up.view())
     };
     let (guard, after) = zones(64);
     let len = inputs.ids.len() * f;
     let mut h = Guarded::filled(guard + len + after, f32::from_bits(POISON));
-    let args = up::Args { h: &mut h[guard..guard + len], x: x.view().into(), gate, up, routing: &routing };
+    let args = up::Args { h: &mut h[guard..guard + len], x: rows, gate, up, routing: &routing };
     up::run(args, &execs.up)?;
     if let Some(i) = h[guard..guard + len].iter().position(|v| v.to_bits() == POISON) {
         return Err(Failure::new(format!("h: element {i} was left unwritten")));
@@ -483,7 +496,14 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     }
     let h = Guarded::of(&h[guard..guard + len]);
     let accumulate = inputs.start.is_some();
-    down::run(down::Args { y: y.view(), h: View::new(&h, [inputs.ids.len(), f])?.into(), down: down.view(), routing: &routing, accumulate }, &execs.down)?;
+    let hidden = View::new(&h, [inputs.ids.len(), f])?;
+    let h_q8 = down_form.activations(hidden, down_dtype)?;
+    let hidden = match &h_q8 {
+        Some(bytes) => Rows::Q8(Weight::new(bytes, down_dtype.activations(), [inputs.ids.len(), f])?),
+        None => hidden.into(),
+    };
+    let args = down::Args { y: y.view(), h: hidden, down: down.view(), routing: &routing, accumulate };
+    down::run(args, &execs.down)?;
     Ok((h.to_vec(), y.read("y")?))
 }
 
@@ -497,17 +517,23 @@ pub fn up_reference(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let (h, _) = feed(execs, case, &inputs)?;
     let (d, f) = (case.d(), case.f());
-    let x = wide(&inputs.x);
+    let q8 = case.form.for_weights(case.up_type.dtype(), f).activations(View::new(&inputs.x, [case.t, d])?, case.up_type.dtype())?;
+    let x = q8.as_ref().map_or_else(|| wide(&inputs.x), |q| wide(&decode_q8(case.up_type.dtype().activations(), q)));
     let decode = |bytes: &[u8]| quant::dequantize(case.up_type.dtype(), bytes);
     let (gate, up) = (decode(&inputs.gate), decode(&inputs.up));
+    let size = |bytes: &[u8], w: &[f64]| if q8.is_some() { magnitudes(case.up_type, bytes) } else { w.to_vec() };
+    let (gate_size, up_size) = (size(&inputs.gate, &gate), size(&inputs.up, &up));
     let (mut want, mut bound) = (Vec::new(), Vec::new());
     for (pair, &e) in inputs.ids.iter().enumerate() {
         let e = e as usize;
-        let gate = ArrayView2::from_shape((f, d), &gate[e * f * d..][..f * d]).expect("f × d");
-        let up = ArrayView2::from_shape((f, d), &up[e * f * d..][..f * d]).expect("f × d");
+        let expert = |w| {
+            let w: &[f64] = w;
+            ArrayView2::from_shape((f, d), &w[e * f * d..][..f * d]).expect("f × d")
+        };
+        let (gate, up) = (expert(&gate), expert(&up));
         let x = ArrayView1::from(&x[pair / case.top_k * d..][..d]);
         let slack = |w: ArrayView2<f64>| w.mapv(f64::abs).dot(&x.mapv(f64::abs)) * gamma(d + 1);
-        let (g, u, off_g, off_u) = (gate.dot(&x), up.dot(&x), slack(gate), slack(up));
+        let (g, u, off_g, off_u) = (gate.dot(&x), up.dot(&x), slack(expert(&gate_size)), slack(expert(&up_size)));
         for i in 0..f {
             let s = reference::silu(g[i]);
             bound.push(
@@ -527,10 +553,16 @@ pub fn down_reference(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let (h, y) = feed(execs, case, &inputs)?;
     let (d, f, k) = (case.d(), case.f(), case.top_k);
-    let (h, weights) = (wide(&h), wide(inputs.weights.as_deref().expect("generated")));
+    let dtype = case.down_type.dtype();
+    let q8 = case.form.for_weights(dtype, d).activations(View::new(&h, [inputs.ids.len(), f])?, dtype)?;
+    let h = q8.as_ref().map_or_else(|| wide(&h), |q| wide(&decode_q8(dtype.activations(), q)));
+    let weights = wide(inputs.weights.as_deref().expect("generated"));
     let down = quant::dequantize(case.down_type.dtype(), &inputs.down);
     let (abs_h, abs_down): (Vec<f64>, Vec<f64>) =
-        (h.iter().map(|v| v.abs()).collect(), down.iter().map(|v| v.abs()).collect());
+        (h.iter().map(|v| v.abs()).collect(), match q8 {
+            Some(_) => magnitudes(case.down_type, &inputs.down),
+            None => down.iter().map(|v| v.abs()).collect(),
+        });
     let (mut want, mut bound) = (Vec::new(), Vec::new());
     for t in 0..case.t {
         let combine = |down: &[f64], h: &[f64]| {
@@ -612,11 +644,21 @@ fn merged(execs: &Execs, case: &Case, seed: u64) -> Outcome {
 
     let (t, e, d, f) = (case.t, case.e, case.d(), case.f());
     let routing = Routing::from_ids(e, case.top_k, inputs.ids.clone(), inputs.weights.clone())?;
+    if case.form.is_interleaved() {
+        return PASSED;
+    }
     let x = Input::new(&inputs.x, [t, d], case.layout);
+    let q8 = case.form.is_q8() && case.up_type.dtype().activations() != DType::F32;
+    let mut quantized = Q8::default();
+    if q8 {
+        quantized.quantize(case.up_type.dtype().activations(), x.view(), &Exec::default())?;
+    } else if case.form.is_q8() {
+        return PASSED; // f32 activations would leave the hidden ones in f32
+    }
     let mut y = Output::new([t, d], case.layout);
     let args = moe::Args {
         y: y.view(),
-        x: x.view().into(),
+        x: if q8 { (&quantized).into() } else { x.view().into() },
         gate: Weight::new(&inputs.gate, case.up_type.dtype(), [e, f, d])?,
         up: Weight::new(&inputs.up, case.up_type.dtype(), [e, f, d])?,
         down: Weight::new(&inputs.down, case.down_type.dtype(), [e, d, f])?,
@@ -773,6 +815,28 @@ fn grid() -> Vec<Case> {
                 up_type,
                 down_type,
                 merged: j % 3 == 1,
+                form: Form::F32,
+                layout: Layout::ALL[(i + j) % 2],
+                crowd: Crowd::ALL[(i + j) % 4],
+            });
+        }
+    }
+    // Integer sums and interleaved rows, for blocks of either size, over every tile of tokens.
+    let typed = Type::ALL.iter().copied().filter(|t| t.dtype().block() > 1);
+    for (i, up_type) in typed.enumerate() {
+        let block = up_type.dtype().block();
+        for (j, &form) in Form::ALL.iter().enumerate().skip(1) {
+            let down_type = if block == 32 { [Type::Q8, Type::Q4][j % 2] } else { [Type::Q4K, Type::Q6K, Type::Q5K][j % 3] };
+            grid.push(Case {
+                t: [1, 9, 23, 40][(i + j) % 4],
+                e: 3,
+                top_k: 2,
+                d_blocks: if block == 32 { 3 } else { 1 },
+                f_blocks: if block == 32 { 2 } else { 1 },
+                up_type,
+                down_type,
+                merged: (i + j) % 2 == 1,
+                form,
                 layout: Layout::ALL[(i + j) % 2],
                 crowd: Crowd::ALL[(i + j) % 4],
             });
@@ -787,6 +851,7 @@ fn grid() -> Vec<Case> {
         up_type: Type::F32,
         down_type: Type::F32,
         merged: false,
+        form: Form::F32,
         layout: Layout::Packed,
         crowd: Crowd::Random,
     };
@@ -798,9 +863,14 @@ fn strategy() -> BoxedStrategy<Case> {
     // Super-blocks are wide by themselves; the grid has them.
     let narrow: Vec<Type> = Type::ALL.iter().copied().filter(|t| t.dtype().block() <= 32).collect();
     let types = (prop::sample::select(narrow.clone()), prop::sample::select(narrow));
-    let choose = (any::<bool>(), prop::sample::select(Layout::ALL), prop::sample::select(Crowd::ALL));
+    let choose = (
+        any::<bool>(),
+        prop::sample::select(Form::ALL),
+        prop::sample::select(Layout::ALL),
+        prop::sample::select(Crowd::ALL),
+    );
     (0usize..12, 1usize..9, 1usize..5, 0usize..70, 0usize..70, types, choose)
-        .prop_map(|(t, e, top_k, d, f, (up_type, down_type), (merged, layout, crowd))| Case {
+        .prop_map(|(t, e, top_k, d, f, (up_type, down_type), (merged, form, layout, crowd))| Case {
             t,
             e,
             top_k,
@@ -809,6 +879,7 @@ fn strategy() -> BoxedStrategy<Case> {
             up_type,
             down_type,
             merged,
+            form,
             layout,
             crowd,
         })

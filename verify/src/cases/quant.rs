@@ -7,8 +7,9 @@ use crate::reference::quant as reference;
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
 use proptest::prelude::*;
+use qwen3next_kernels::activations::Q8;
 use qwen3next_kernels::quant::{dequantize, quantize};
-use qwen3next_kernels::{DType, Exec, Variant, Weight};
+use qwen3next_kernels::{DType, Exec, Variant, View, Weight};
 use rand::Rng as _;
 
 choice! {
@@ -134,6 +135,110 @@ impl Type {
 
 /// Bytes that decode to no finite number in every type, to NaN in all but MXFP4.
 pub const NAN_BYTE: u8 = 0xff;
+
+choice! {
+    /// In which form activations and weights meet.
+    pub enum Form {
+        /// f32 and rows.
+        F32 = "f32",
+        /// 8-bit activations and rows.
+        Q8 = "q8",
+        /// f32 and interleaved rows.
+        F32R16 = "f32_r16",
+        /// 8-bit activations and interleaved rows.
+        Q8R16 = "q8_r16",
+    }
+}
+
+impl Form {
+    /// Activations are quantised.
+    pub fn is_q8(self) -> bool {
+        matches!(self, Form::Q8 | Form::Q8R16)
+    }
+
+    /// Rows of weights are interleaved.
+    pub fn is_interleaved(self) -> bool {
+        matches!(self, Form::F32R16 | Form::Q8R16)
+    }
+
+    /// What of it weights of this type with this many rows allow: plain types have one form, and only whole groups of
+    /// 16 rows are interleaved.
+    pub fn for_weights(self, dtype: DType, rows: usize) -> Form {
+        match (self, dtype.block() > 1, rows % 16 == 0) {
+            (_, false, _) => Form::F32,
+            (Form::F32R16, _, false) => Form::F32,
+            (Form::Q8R16, _, false) => Form::Q8,
+            (form, ..) => form,
+        }
+    }
+
+    /// Rows of `n` values in this form, for weights of `dtype`, against guard pages.
+    pub fn activations(self, x: View<2>, dtype: DType) -> Result<Option<Guarded<u8>>, Failure> {
+        if !self.is_q8() || dtype.activations() == DType::F32 {
+            return Ok(None);
+        }
+        let mut q = Q8::default();
+        q.quantize(dtype.activations(), x, &Exec::default())?;
+        let [rows, n] = q.shape();
+        let bytes = q.dtype().bytes(rows * n).expect("whole blocks");
+        Ok(Some(Guarded::of(&q.bytes()[..bytes])))
+    }
+
+    /// Packed rows of `n` elements in this form, and their type.
+    pub fn weights(self, packed: &[u8], dtype: DType, n: usize) -> (Vec<u8>, DType) {
+        match dtype.interleaved() {
+            Some(interleaved) if self.is_interleaved() => (interleave(packed, dtype, n), interleaved),
+            _ => (packed.to_vec(), dtype),
+        }
+    }
+}
+
+/// Rows of `n` elements with every 16 interleaved, as csrc/quant/repack.h says: the bytes of a block of 16 rows lie
+/// together, in units of four bytes; the scale that is left over lies before the units in blocks of 32, else after.
+pub fn interleave(packed: &[u8], dtype: DType, n: usize) -> Vec<u8> {
+    let (block, bytes) = (dtype.block(), dtype.block_bytes());
+    let left = bytes % 4;
+    let units: Vec<(usize, usize)> = if block == 32 {
+        (0..usize::from(left > 0)).map(|_| (0, left)).chain((left..bytes).step_by(4).map(|at| (at, 4))).collect()
+    } else {
+        let whole = (0..bytes - left).step_by(4).map(|at| (at, 4));
+        whole.chain((0..usize::from(left > 0)).map(|_| (bytes - left, left))).collect()
+    };
+    let row = n / block * bytes;
+    let mut out = Vec::with_capacity(packed.len());
+    for group in packed.chunks(16 * row.max(1)) {
+        for b in 0..n / block {
+            for &(at, size) in &units {
+                (0..16).for_each(|r| out.extend_from_slice(&group[r * row + b * bytes + at..][..size]));
+            }
+        }
+    }
+    out
+}
+
+/// The values that rows of 8-bit activations stand for.
+pub fn decode_q8(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let (scale, values) = if dtype == DType::Q8_X32 { (0, 8) } else { (304, 0) };
+    let mut floats = Vec::new();
+    for block in bytes.chunks_exact(dtype.block_bytes()) {
+        let d = f32::from_ne_bytes(block[scale..scale + 4].try_into().expect("four bytes"));
+        floats.extend(block[values..values + dtype.block()].iter().map(|&q| d * f32::from(q as i8)));
+    }
+    floats
+}
+
+/// Σ of the parts that a decoded weight is the difference of, which integer sums keep apart: |w| where there is only
+/// one, |w + minimum| + |minimum| in types with minima.
+pub fn magnitudes(dtype: Type, bytes: &[u8]) -> Vec<f64> {
+    let w = reference::dequantize(dtype.dtype(), bytes);
+    if !matches!(dtype, Type::Q4K | Type::Q5K) {
+        return w.iter().map(|w| w.abs()).collect();
+    }
+    let mut minima = bytes.to_vec();
+    minima.chunks_exact_mut(dtype.dtype().block_bytes()).for_each(|block| block[16..].fill(0));
+    let minima = reference::dequantize(dtype.dtype(), &minima);
+    w.iter().zip(&minima).map(|(w, m)| (w - m).abs() + m.abs()).collect()
+}
 
 /// A tensor of blocks laid out for a [`Weight`]: with gaps it starts at an odd address and the gaps decode to NaN.
 pub struct Blocks<const R: usize> {

@@ -1,8 +1,8 @@
 //! `qwen3next bench model`: llama-bench's job, with its flags, its defaults and its output.
 
 use super::run_model::{
-    fused_deltas, main_type, model_size, numbers, Bench, Run, Setting, Work, ACTIVATIONS, CPU_MOE, FLASH_ATTN, GPU_LAYERS, MMAP,
-    REPACK, TYPE_K, TYPE_V,
+    fused_deltas, main_type, model_size, numbers, Bench, Run, Setting, Work, ACTIVATIONS, CPU_MOE, FLASH_ATTN,
+    GPU_LAYERS, MMAP, REPACK, TYPE_K, TYPE_V,
 };
 use crate::Done;
 use anyhow::Context;
@@ -358,7 +358,8 @@ impl Test {
             (p, 0) => {
                 let ops = work.prompt_ops(p, self.setting.batch);
                 let known = |unit| Some((unit, peaks.rate(unit, threads)?));
-                let (unit, roof) = known(work.unit()).or_else(|| known(Unit::F32)).unwrap_or((Unit::F32, f64::NAN));
+                let unit = if self.setting.activations == "f32" { Unit::F32 } else { work.unit() };
+                let (unit, roof) = known(unit).or_else(|| known(Unit::F32)).unwrap_or((Unit::F32, f64::NAN));
                 Near::Prompt { ops, roof, near: Roof { name: unit.name(), fraction: ops * speed / roof } }
             }
             _ => Near::Both,

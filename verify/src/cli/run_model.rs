@@ -31,7 +31,8 @@ pub const CPU_MOE: Choice = Choice { flag: "--n-cpu-moe", values: &["0"], why: "
 pub const FLASH_ATTN: Choice =
     Choice { flag: "-fa", values: &["1", "on", "auto"], why: "attention is flash attention always" };
 /// Weights in the file's memory map.
-pub const MMAP: Choice = Choice { flag: "-mmp", values: &["1", "0"], why: "weights stay in the file's memory map or are read" };
+pub const MMAP: Choice =
+    Choice { flag: "-mmp", values: &["1", "0"], why: "weights stay in the file's memory map or are read" };
 /// Run-time repacking of weights.
 pub const REPACK: Choice = Choice { flag: "-rtr", values: &["0", "1"], why: "rows are interleaved or not" };
 /// What quantised weights meet.

@@ -1,11 +1,10 @@
 //! Y = X Wᵀ.
 
-use super::{blocks, reference, repeated, weight_unit, Timed, Work, SEED};
+use super::{blocks, reference, repeated, Timed, Work, SEED};
 use crate::buffer::Layout;
 use crate::cases::matmul::{Case, Matmul as Suite, Regime};
 use crate::cases::quant::Type;
 use crate::compare::{Failure, Metrics};
-use crate::peaks::Unit;
 use crate::suite::rng;
 use qwen3next_kernels::matmul::{self, Op};
 use qwen3next_kernels::{Exec, Variant, View, ViewMut, Weight};
@@ -59,10 +58,6 @@ impl Timed for Matmul {
     fn work(&self) -> Work {
         let [m, n, k] = self.shape.map(|n| n as f64);
         Work { ops: 2.0 * m * n * k, bytes: self.w.len() as f64 + 4.0 * (m * k + m * n) }
-    }
-
-    fn unit(&self, variant: &Variant<Op>) -> Unit {
-        weight_unit(self.dtype.dtype(), variant.isa())
     }
 
     fn output(&mut self) -> &mut [f32] {

@@ -14,7 +14,7 @@ pub mod solve_tri;
 use crate::compare::{Failure, Metrics};
 use crate::peaks::Unit;
 use crate::suite::Suite;
-use qwen3next_kernels::{DType, Exec, Isa, Operator, Variant};
+use qwen3next_kernels::{DType, Exec, Operator, Variant};
 
 /// Seed of all inputs that are timed.
 pub const SEED: u64 = 1;
@@ -43,9 +43,14 @@ pub trait Timed {
     /// What the call has to do.
     fn work(&self) -> Work;
 
-    /// The instructions that bound a variant's arithmetic.
+    /// The instructions that bound a variant's arithmetic. Activations are f32 in all of these calls: products are of
+    /// f32, or of bf16 in variants for it.
     fn unit(&self, variant: &Variant<Self::Op>) -> Unit {
-        f32_or_bf16(variant.isa())
+        if variant.isa().name() == "avx512bf16" {
+            Unit::Bf16
+        } else {
+            Unit::F32
+        }
     }
 
     /// What the call writes; empty where it is no floats.
@@ -68,24 +73,6 @@ fn reference<S: Suite>(variant: &Variant<S::Op>, case: &S::Case) -> Result<Metri
     let check = S::checks().into_iter().next().ok_or_else(|| Failure::new("the suite has no check"))?;
     let metrics = (check.run)(variant, case, SEED)?;
     metrics.ok_or_else(|| Failure::new(format!("{} says nothing about {case}", check.name)))
-}
-
-/// A variant of f32 arithmetic, or of bf16 products.
-fn f32_or_bf16(isa: Isa) -> Unit {
-    if isa.name() == "avx512bf16" {
-        Unit::Bf16
-    } else {
-        Unit::F32
-    }
-}
-
-/// Products with weights of this type: int8 for blocks, which is what the fastest variants make of them.
-fn weight_unit(dtype: DType, isa: Isa) -> Unit {
-    match dtype {
-        DType::F32 | DType::F16 => f32_or_bf16(isa),
-        DType::BF16 => Unit::Bf16,
-        _ => Unit::Int8,
-    }
 }
 
 /// Bytes of `rows` rows, of which `made` are drawn and then repeated.

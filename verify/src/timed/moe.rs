@@ -1,12 +1,11 @@
 //! The sparse feed-forward, step by step.
 
-use super::{blocks, reference, repeated, weight_unit, Timed, Work, SEED};
+use super::{blocks, reference, repeated, Timed, Work, SEED};
 use crate::buffer::Layout;
 use crate::cases::moe::{Case, Crowd, GroupCase, Logits, MoeDown, MoeGroup, MoeRoute, MoeUp, RouteCase};
 use crate::cases::normal;
 use crate::cases::quant::Type;
 use crate::compare::{Failure, Metrics};
-use crate::peaks::Unit;
 use crate::suite::{rng, Rng};
 use qwen3next_kernels::moe::{down, group, route, up, Routing};
 use qwen3next_kernels::{Exec, Variant, View, ViewMut, Weight};
@@ -214,10 +213,6 @@ impl Timed for Up {
         Work { ops: self.sizes.ops(2), bytes: (weights + 4 * (self.x.len() + self.h.len())) as f64 }
     }
 
-    fn unit(&self, variant: &Variant<up::Op>) -> Unit {
-        weight_unit(self.dtype.dtype(), variant.isa())
-    }
-
     fn output(&mut self) -> &mut [f32] {
         &mut self.h
     }
@@ -271,10 +266,6 @@ impl Timed for Down {
     fn work(&self) -> Work {
         let weights = self.down.len() / self.sizes.e * self.sizes.touched(&self.routing);
         Work { ops: self.sizes.ops(1), bytes: (weights + 4 * (self.h.len() + self.y.len())) as f64 }
-    }
-
-    fn unit(&self, variant: &Variant<down::Op>) -> Unit {
-        weight_unit(self.dtype.dtype(), variant.isa())
     }
 
     fn output(&mut self) -> &mut [f32] {
