@@ -1,5 +1,5 @@
-//! Attention with 16 query heads over 2 KV heads of 256 channels: decode over a long cache, prefill, and the merge of
-//! parts.
+//! Attention with 16 query heads over 2 KV heads of 256 channels: decode over a long cache, prefill of a short text and
+//! the last 16 queries of a long one, and the merge of parts.
 #![allow(missing_docs)] // criterion_group makes a public function
 
 mod common;
@@ -10,7 +10,7 @@ use qwen3next_verify::timed::attention::{Attention, Merge, Sizes};
 
 fn bench(c: &mut Criterion) {
     for &kv in KvType::ALL {
-        for (t, s) in [(1, 4096), (128, 512)] {
+        for (t, s) in [(1, 8192), (128, 512), (16, 8192)] {
             let timed = Attention::new(Sizes { t, s, hq: 16, hkv: 2, d: 256 }, kv).expect("D is whole blocks");
             common::variants(c, &format!("attention/t{t}/s{s}/{kv}"), timed);
         }

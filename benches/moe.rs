@@ -5,7 +5,7 @@
 mod common;
 
 use criterion::{criterion_group, criterion_main, Criterion};
-use qwen3next_verify::cases::quant::Type;
+use qwen3next_verify::cases::quant::{Form, Type};
 use qwen3next_verify::timed::moe::{Down, Group, Route, Sizes, Up};
 
 fn bench(c: &mut Criterion) {
@@ -15,8 +15,8 @@ fn bench(c: &mut Criterion) {
         common::variants(c, &format!("moe_group/512/top10/t{t}"), Group::new(all));
         let some = Sizes { e: 64, ..all };
         for dtype in [Type::Q4K, Type::Q8] {
-            common::variants(c, &format!("moe_up/64x512x2048/top10/t{t}/{dtype}"), Up::new(some, dtype));
-            common::variants(c, &format!("moe_down/64x512x2048/top10/t{t}/{dtype}"), Down::new(some, dtype));
+            common::variants(c, &format!("moe_up/64x512x2048/top10/t{t}/{dtype}"), Up::new(some, dtype, Form::Q8R16).expect("whole blocks"));
+            common::variants(c, &format!("moe_down/64x512x2048/top10/t{t}/{dtype}"), Down::new(some, dtype, Form::Q8R16).expect("whole blocks"));
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::operator::{operator, Exec, Operator};
 use crate::{ffi, status, Error, View, ViewMut};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::ops::Range;
 
 operator!(
@@ -113,6 +114,11 @@ const SPLIT_KEYS: usize = 512;
 /// Queries of a sequence up to which [`run_split`] splits it.
 const SPLIT_QUERIES: usize = 8;
 
+thread_local! {
+    // Results of parts; grows to the largest call, so a warm one takes no fresh pages.
+    static PARTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// As [`run`], but a sequence of few queries over many keys is cut into parts of 512 keys that run side by side and are
 /// then merged, so that decode has work for every thread. The cut depends on the sequence's own sizes alone: the bits
 /// are the same for any number of threads and in any batch.
@@ -123,11 +129,18 @@ pub fn run_split(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
         return run(args, exec);
     }
     let [_, _, hq, d] = args.o.shape();
-    let mut partial: Vec<(Vec<f32>, Vec<f32>)> = sequences
-        .iter()
-        .map(|s| if s.parts() > 1 { s.parts() * s.n * hq } else { 0 })
-        .map(|rows| (vec![0.0; rows * d], vec![0.0; rows]))
-        .collect();
+    let rows = |s: &Sequence| if s.parts() > 1 { s.parts() * s.n * hq } else { 0 };
+    let floats: usize = sequences.iter().map(|s| rows(s) * (d + 1)).sum();
+    let mut buffer = PARTS.take();
+    buffer.resize(floats.max(buffer.len()), 0.0);
+    let mut partial: Vec<(&mut [f32], &mut [f32])> = Vec::with_capacity(sequences.len());
+    let mut left = &mut buffer[..floats];
+    for s in &sequences {
+        let (o, rest) = left.split_at_mut(rows(s) * d);
+        let (lse, rest) = rest.split_at_mut(rows(s));
+        partial.push((o, lse));
+        left = rest;
+    }
     let tasks: Vec<(&Sequence, usize, &mut [f32], &mut [f32])> = sequences
         .iter()
         .zip(&mut partial)
@@ -215,6 +228,7 @@ pub fn run_split(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
             run(whole, exec)?;
         }
     }
+    PARTS.set(buffer);
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 /* Online softmax over blocks of keys, by register tiles. The rows of an item (its queries times the heads of its KV
-   head) go in groups of 8. A panel of 32 keys is transposed once and met by all groups; so is a block of 64 values.
+   head) go in groups of 8. A panel of 32 keys is transposed once and met by all groups, and so is a panel of 32
+   channels of 64 values.
 
      scores   8 rows x 32 keys      sums over channels, by chunks of them
      values   8 rows x 32 channels  sums over the block's keys
@@ -155,12 +156,14 @@ static inline __attribute__((always_inline)) void transpose16(__m512 x[LANES]) {
 
 /* n <= PANEL keys, `at` elements into the cache and `stride` apart, as k[channel][key]; missing keys are 0. */
 static inline __attribute__((always_inline)) void load_keys_of(q3n_dtype dtype, const void *cache, int64_t at,
-                                                               int64_t stride, int64_t n, int64_t D, float *k) {
+                                                               int64_t stride, int64_t n, int64_t D, float *k,
+                                                               ahead *next) {
   for (int64_t half = 0; half < PANEL; half += LANES) {
     const void *row[LANES];
     for (int64_t i = 0; i < LANES; i++)
       row[i] = row_at(cache, dtype, at + (half + i < n ? half + i : 0) * stride);
     for (int64_t d = 0; d < D; d += LANES) {
+      ask(next);
       const __mmask16 lanes = q3n_mask16(D - d, 0);
       __m512 x[LANES];
       for (int i = 0; i < LANES; i++) x[i] = load16(dtype, row[i], d, lanes);
@@ -180,12 +183,13 @@ static inline __attribute__((always_inline)) void load_keys_of(q3n_dtype dtype, 
    keys that hold such. */
 static inline __attribute__((always_inline)) uint64_t load_values_of(q3n_dtype dtype, const void *cache, int64_t at,
                                                                      int64_t stride, int64_t n, int64_t D, int64_t d,
-                                                                     float *v) {
+                                                                     float *v, ahead *next) {
   const __m512 infinity = _mm512_set1_ps(INFINITY);
   const __mmask16 lanes[2] = {q3n_mask16(D - d, 0), D - d > LANES ? q3n_mask16(D - d, 1) : 0};
   uint64_t wild = 0;
   for (int64_t j = 0; j < n; j++) {
     const void *row = row_at(cache, dtype, at + j * stride);
+    if (j % 8 == 0) ask(next);
     __mmask16 finite[2];
     for (int i = 0; i < 2; i++) {
       const __m512 x = load16(dtype, row, d + LANES * i, lanes[i]);
@@ -197,21 +201,21 @@ static inline __attribute__((always_inline)) uint64_t load_values_of(q3n_dtype d
   return wild;
 }
 
-static void load_keys(const q3n_attention_args *a, int64_t at, int64_t n, float *k) {
+static void load_keys(const q3n_attention_args *a, int64_t at, int64_t n, float *k, ahead *next) {
   switch (a->kv_dtype) {
-    case Q3N_F16: load_keys_of(Q3N_F16, a->k, at, a->k_s, n, a->D, k); return;
-    case Q3N_BF16: load_keys_of(Q3N_BF16, a->k, at, a->k_s, n, a->D, k); return;
-    case Q3N_Q8_0: load_keys_of(Q3N_Q8_0, a->k, at, a->k_s, n, a->D, k); return;
-    default: load_keys_of(Q3N_F32, a->k, at, a->k_s, n, a->D, k); return;
+    case Q3N_F16: load_keys_of(Q3N_F16, a->k, at, a->k_s, n, a->D, k, next); return;
+    case Q3N_BF16: load_keys_of(Q3N_BF16, a->k, at, a->k_s, n, a->D, k, next); return;
+    case Q3N_Q8_0: load_keys_of(Q3N_Q8_0, a->k, at, a->k_s, n, a->D, k, next); return;
+    default: load_keys_of(Q3N_F32, a->k, at, a->k_s, n, a->D, k, next); return;
   }
 }
 
-static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, int64_t d, float *v) {
+static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, int64_t d, float *v, ahead *next) {
   switch (a->kv_dtype) {
-    case Q3N_F16: return load_values_of(Q3N_F16, a->v, at, a->v_s, n, a->D, d, v);
-    case Q3N_BF16: return load_values_of(Q3N_BF16, a->v, at, a->v_s, n, a->D, d, v);
-    case Q3N_Q8_0: return load_values_of(Q3N_Q8_0, a->v, at, a->v_s, n, a->D, d, v);
-    default: return load_values_of(Q3N_F32, a->v, at, a->v_s, n, a->D, d, v);
+    case Q3N_F16: return load_values_of(Q3N_F16, a->v, at, a->v_s, n, a->D, d, v, next);
+    case Q3N_BF16: return load_values_of(Q3N_BF16, a->v, at, a->v_s, n, a->D, d, v, next);
+    case Q3N_Q8_0: return load_values_of(Q3N_Q8_0, a->v, at, a->v_s, n, a->D, d, v, next);
+    default: return load_values_of(Q3N_F32, a->v, at, a->v_s, n, a->D, d, v, next);
   }
 }
 
@@ -253,8 +257,8 @@ static inline __attribute__((always_inline)) void scores_of(int rows, const floa
     }
 }
 
-/* o = o rescale + sum_j p_j v_j for `rows` rows of a group and a panel of channels. The block's sum is made apart: over S
-   keys it takes KEYS + S / KEYS roundings instead of S. */
+/* o = o rescale + sum_j p_j v_j for `rows` rows of a group and a panel of channels. The block's sum is made apart: over
+   S keys it takes KEYS + S / KEYS roundings instead of S. */
 static inline __attribute__((always_inline)) void values_of(int rows, const float *p, const float *v, int64_t n,
                                                             const float *rescale, float *o, int64_t P) {
   __m512 s[ROWS][2];
@@ -288,7 +292,8 @@ static void values(int64_t rows, const float *p, const float *v, int64_t n, cons
   else values_of(1, p, v, n, rescale, o, P);
 }
 
-/* Row r's sums q . k of a block become weights; it sees the first `visible` keys, of which -inf in `mask` hides some. */
+/* Row r's sums q . k of a block become weights; it sees the first `visible` keys, of which -inf in `mask` hides
+   some. */
 static void weigh(const memory *m, int64_t r, int64_t visible, float scale, const float *mask) {
   float *p = m->p + r * KEYS;
   const __m512 hidden = _mm512_set1_ps(-INFINITY);
@@ -390,17 +395,18 @@ q3n_status q3n_attention_tile_avx512(const q3n_attention_args *a, int64_t begin,
       const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
       /* Visible ends grow with the row: the groups before `from` see nothing of the block. */
       int64_t from = 0;
-      while (q3n_attention_visible_end(a, &tile, tile.first + (from + ROWS < rows ? from + ROWS - 1 : rows - 1) / group) <=
-             j0)
-        from += ROWS;
-      /* Spread over the tiles of the scores the values are fetched, over those of the values the next block's keys. */
+      for (;; from += ROWS) {
+        const int64_t end = from + ROWS < rows ? from + ROWS : rows;
+        if (q3n_attention_visible_end(a, &tile, tile.first + (end - 1) / group) > j0) break;
+      }
+      /* While the scores are made the values are fetched, and while the values are added the next block's keys. */
       const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile.hkv * a->k_h;
       const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
       const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
-      ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D,
-                            q3n_ceil_div(n, PANEL) * groups * q3n_ceil_div(D, chunk_of(D)));
+      const int64_t steps = groups * q3n_ceil_div(D, chunk_of(D)) + 2 * q3n_ceil_div(D, LANES);
+      ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D, q3n_ceil_div(n, PANEL) * steps);
       for (int64_t j = 0; j < n; j += PANEL) {
-        load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m.k);
+        load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m.k, &next);
         for (int64_t r = from; r < rows; r += ROWS) scores(rows - r, m.q + r * D, m.k, D, m.p + r * KEYS + j, &next);
       }
       for (int64_t r = from; r < rows; r++) {
@@ -414,9 +420,9 @@ q3n_status q3n_attention_tile_avx512(const q3n_attention_args *a, int64_t begin,
       }
       uint64_t wild = 0;
       next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS, D,
-                      m.P / PANEL * groups);
+                      m.P / PANEL * (groups + q3n_ceil_div(n, 8)));
       for (int64_t d = 0; d < m.P; d += PANEL) {
-        wild |= load_values(a, v_at, n, d, m.v);
+        wild |= load_values(a, v_at, n, d, m.v, &next);
         for (int64_t r = from; r < rows; r += ROWS) {
           ask(&next);
           values(rows - r, m.p + r * KEYS, m.v, n, m.rescale + r, m.o + r * m.P + d, m.P);

@@ -17,6 +17,7 @@ typedef struct q3n_attention_tile {
 
 int64_t q3n_attention_items(const q3n_attention_args *a);
 int64_t q3n_attention_scratch(const q3n_attention_args *a);
+int64_t q3n_attention_avx2_scratch(const q3n_attention_args *a);
 int64_t q3n_attention_avx512_scratch(const q3n_attention_args *a);
 int64_t q3n_attention_merge_items(const q3n_attention_merge_args *a);
 int64_t q3n_attention_merge_no_scratch(const q3n_attention_merge_args *a);

@@ -1,5 +1,5 @@
-/* Spans of channels over all tokens of a sequence, on the vectors of csrc/simd. A range of items that are neighbours goes
-   as one span as far as that fits: a token is then read and written in pieces of 2 KiB instead of 256 bytes. */
+/* Spans of channels over all tokens of a sequence, on the vectors of csrc/simd. A range of items that are neighbours
+   goes as one span as far as that fits: a token is then read and written in pieces of 2 KiB instead of 256 bytes. */
 #include <string.h>
 
 #include "../base/check.h"

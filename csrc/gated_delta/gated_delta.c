@@ -126,9 +126,10 @@ int64_t q3n_gated_delta_recurrent_scratch(const q3n_gated_delta_args *a) {
   return q3n_align((Q3N_GATED_DELTA_ROWS + 3) * a->K * 4);
 }
 
-/* The buffers named at the head of gated_delta_chunked_scalar.c. */
+/* The buffers named at the head of gated_delta_chunked_scalar.c, behind what its last tokens need. */
 static int64_t chunked_scratch(const q3n_gated_delta_args *a, int64_t C) {
-  return q3n_align((a->K * a->V + C * (4 * a->K + a->V) + 2 * C * C + 3 * C + 4 * a->K) * 4);
+  const int64_t one_by_one = q3n_gated_delta_recurrent_scratch(a) + q3n_align(a->K * a->V * 4);
+  return one_by_one + q3n_align((a->K * a->V + C * (4 * a->K + a->V) + 2 * C * C + 3 * C + 4 * a->K) * 4);
 }
 
 int64_t q3n_gated_delta_chunked16_scratch(const q3n_gated_delta_args *a) { return chunked_scratch(a, 16); }
@@ -146,11 +147,9 @@ int64_t q3n_gated_delta_unfused_scratch(const q3n_gated_delta_args *a) {
 Q3N_DEFINE_OPERATOR(gated_delta, Q3N_GATED_DELTA_VARIANTS)
 
 /* Which variant for how many tokens in the longest sequence: the first row that applies and whose variant is available.
-   Measured at HK 16, HV 32, K = V = 128, one thread, an AVX-512 server core, T = 1 .. 512. The chunk forms of vector
-   instruction sets themselves take up to Q3N_GATED_DELTA_TAIL tokens one by one, sequence by sequence, with the bits of
-   the recurrence: there a sequence's result does not depend on its neighbours. In plain C, token by token is 2.0 times as
-   fast as chunks of 16 at T = 1 and level with them from 8 to 32; larger chunks lose to 16: their triangles grow and
-   nothing there runs the larger products faster. */
+   Measured at HK 16, HV 32, K = V = 128, one thread, an AVX-512 server core, T = 1 .. 512 (README.md). The chunk forms
+   themselves take fewer than Q3N_GATED_DELTA_TAIL tokens one by one, sequence by sequence, with the bits of the
+   recurrence: a sequence's result does not depend on the sequences beside it. */
 static const struct {
   int64_t below;
   const char *name;
@@ -160,7 +159,7 @@ static const struct {
     {Q3N_GATED_DELTA_TAIL, "recurrent_avx2"},
     {INT64_MAX, "chunked32_avx2"},
     {INT64_MAX, "recurrent_neon"}, /* by its count of instructions, not by a measurement */
-    {32, "recurrent_scalar"},
+    {Q3N_GATED_DELTA_TAIL, "recurrent_scalar"},
     {INT64_MAX, "chunked16_scalar"},
 };
 

@@ -5,7 +5,10 @@
 q3n_status q3n_gated_delta_recurrent_avx2(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_gated_delta_chunked32_avx2(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
 
-int64_t q3n_gated_delta_recurrent_avx2_scratch(const q3n_gated_delta_args *a) { return q3n_align(recurrent_floats(a) * 4); }
+int64_t q3n_gated_delta_recurrent_avx2_scratch(const q3n_gated_delta_args *a) {
+  return q3n_align(recurrent_floats(a) * 4);
+}
+
 int64_t q3n_gated_delta_chunked32_avx2_scratch(const q3n_gated_delta_args *a) {
   return q3n_align(chunked_floats(a, 32) * 4);
 }

@@ -1,4 +1,5 @@
-/* The chunk form. Within a chunk of n <= C tokens, with Γ_ij = exp(g_{j+1} + ... + g_i) and S the state before it:
+/* The chunk form; a short end of a sequence is taken token by token. Within a chunk of n <= C tokens, with Γ_ij =
+   exp(g_{j+1} + ... + g_i) and S the state before it:
 
      A_ij = beta_i (k_i ∘ Γ_ij) · k_j      j < i
      P_ij = (q_i ∘ Γ_ij) · k_j             j <= i
@@ -7,11 +8,12 @@
      S <- γ_n ∘ S + u^T (Γ_n ∘ k)
 
    Every decay is a product of the tokens' exp(g), extended one token at a time: no difference of cumulative sums (which
-   cancels, and is inf - inf where a gate closes) and no exponential of a positive number (which 1/Γ would need). γ and a
-   scalar gate's Γ are kept in double: of factors near 1, a product in float is always rounded down.
+   cancels, and is inf - inf where a gate closes) and no exponential of a positive number (which 1/Γ would need). γ and
+   a scalar gate's Γ are kept in double: of factors near 1, a product in float is always rounded down.
    Derivation and comparison with the split into U and W: README.md. */
 #include "gated_delta_parts.h"
 
+q3n_status q3n_gated_delta_recurrent_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_gated_delta_chunked16_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_gated_delta_chunked32_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_gated_delta_chunked64_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch);
@@ -155,7 +157,7 @@ static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t
   if (x->snapshots) gd_replay_snapshots(a, x, t0, n, ch->s, 1, V, ch->u, ch->row[0], ch->row[1]);
   for (int64_t c = 0; c < K; c++) {
     float *s = ch->s + c * V;
-    for (int64_t j = 0; j < V; j++) s[j] *= (float)ch->gamma[c];
+    for (int64_t j = 0; j < V; j++) s[j] = (float)(ch->gamma[c] * (double)s[j]);
     combine(s, 1.0f, ch->k_end + c * C, ch->u, V, n, V);
   }
 }
@@ -167,9 +169,34 @@ static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, in
       for (int64_t c = c0; c < columns && c < c0 + 16; c++) y[c * y_row + r] = x[r * x_row + c];
 }
 
-static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch, int64_t C) {
-  const int64_t K = a->K, V = a->V;
-  chunk ch = layout(a, C, scratch);
+/* Tokens t0 on of one head by the recurrence: few tokens are not worth a chunk. Where some came before them, the state
+   lies in the pool, or in `kept` [V][K] where the pool is not to be written. */
+static q3n_status run_rest(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, const float *kept,
+                           void *scratch) {
+  q3n_gated_delta_args rest = *a;
+  rest.cu_seqlens = rest.slot_in = rest.slot_out = NULL;
+  rest.slots = rest.B = rest.HK = rest.HV = 1;
+  rest.T = x->T - t0;
+  rest.state_in = x->state_in;
+  rest.state_out = x->state_out;
+  if (t0 > 0) rest.state_in = x->state_out ? x->state_out : kept;
+  if (t0 > 0 && !x->state_out) rest.state_v = a->K;
+  if (rest.T > 0) {
+    rest.q = x->q + t0 * a->q_t;
+    rest.k = x->k + t0 * a->k_t;
+    rest.v = x->v + t0 * a->v_t;
+    rest.g = x->g ? x->g + t0 * a->g_t : NULL;
+    rest.beta = x->beta + t0 * a->beta_t;
+    rest.o = x->o + t0 * a->o_t;
+    if (x->snapshots) rest.snapshots = x->snapshots + t0 * a->snap_t;
+  }
+  return q3n_gated_delta_recurrent_scalar(&rest, 0, q3n_gated_delta_row_items(&rest), scratch);
+}
+
+static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end, char *scratch, int64_t C) {
+  const int64_t K = a->K, V = a->V, one_by_one = q3n_gated_delta_recurrent_scratch(a);
+  float *kept = (float *)(void *)(scratch + one_by_one);
+  chunk ch = layout(a, C, scratch + one_by_one + q3n_align(K * V * 4));
 
   for (int64_t item = begin; item < end; item++) {
     const gd_head x = gd_find_head(a, item / a->HV, item % a->HV);
@@ -177,15 +204,25 @@ static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end,
       gd_zero_output(a, &x);
       continue;
     }
-    if (x.state_in)
-      transpose(ch.s, V, x.state_in, a->state_v, V, K);
-    else
-      gd_copy_rows(ch.s, V, NULL, 0, K, V);
-    for (int64_t t0 = 0; t0 < x.T; t0 += C) {
-      ch.n = x.T - t0 < C ? x.T - t0 : C;
-      run_chunk(a, &x, t0, &ch);
+    const int64_t chunked = x.T % C < Q3N_GATED_DELTA_TAIL ? x.T - x.T % C : x.T;
+    if (chunked > 0) {
+      if (x.state_in)
+        transpose(ch.s, V, x.state_in, a->state_v, V, K);
+      else
+        gd_copy_rows(ch.s, V, NULL, 0, K, V);
+      for (int64_t t0 = 0; t0 < chunked; t0 += C) {
+        ch.n = chunked - t0 < C ? chunked - t0 : C;
+        run_chunk(a, &x, t0, &ch);
+      }
+      if (x.state_out)
+        transpose(x.state_out, a->state_v, ch.s, V, K, V);
+      else if (chunked < x.T)
+        transpose(kept, K, ch.s, V, K, V);
     }
-    if (x.state_out) transpose(x.state_out, a->state_v, ch.s, V, K, V);
+    if (chunked == 0 || chunked < x.T) {
+      const q3n_status status = run_rest(a, &x, chunked, kept, scratch);
+      if (status != Q3N_OK) return status;
+    }
   }
   return Q3N_OK;
 }

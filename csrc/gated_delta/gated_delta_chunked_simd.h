@@ -1,6 +1,7 @@
-/* The chunk form over the vectors of csrc/simd: the equations of gated_delta_chunked_scalar.c, every product of matrices
-   by one register tile. All that depends on keys and gates alone is made once a chunk; then the value channels, which
-   are independent, go through the rest a panel at a time, the panel's state and u staying in the first cache.
+/* The chunk form over the vectors of csrc/simd: the equations of gated_delta_chunked_scalar.c, every product of
+   matrices by one register tile. All that depends on keys and gates alone is made once a chunk; then the value
+   channels, which are independent, go through the rest a panel at a time, the panel's state and u staying in the first
+   cache.
 
    With one decay for all channels the products are taken of plain keys and queries, and the rows of the results are
    decayed; with a decay a channel the keys and queries themselves are. */
@@ -22,8 +23,9 @@ typedef struct chunk {
   float *key;        /* [P][C] transposed keys under way from their token to the chunk's end, likewise */
   float *at, *pt;    /* [C][C] A and P transposed: what lies below the diagonal is not read */
   float *u;          /* [C][PANEL] */
-  float *gain;       /* [P] decay over the whole chunk */
-  float *beta, *start, *end; /* [C]; decay of a row from the chunk's start, and on to its end: 1 with a decay a channel */
+  float *gain, *gain_low; /* [P] decay over the whole chunk, and what its rounding left over */
+  float *beta;       /* [C] */
+  float *start, *end; /* [C] decay of a row from the chunk's start, and on to its end: 1 with a decay a channel */
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
   float *snap_k, *snap_decay; /* [P] */
@@ -32,7 +34,7 @@ typedef struct chunk {
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   const int64_t channel = a->gate == Q3N_GATE_CHANNEL ? 2 * C * P : 0;
-  return P * VP + 4 * C * P + channel + 2 * C * C + C * PANEL + 3 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
+  return P * VP + 4 * C * P + channel + 2 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
 }
 
 static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float *at, block *b) {
@@ -53,6 +55,7 @@ static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float
   x.e = (double *)(void *)at, at += 2 * C;
   x.gamma = (double *)(void *)at, at += 2 * P;
   x.gain = at, at += P;
+  x.gain_low = at, at += P;
   x.snap_k = at, at += P;
   x.snap_decay = at, at += P;
   x.beta = at, at += C;
@@ -80,8 +83,8 @@ static inline void clear(q3n_v acc[TALL][WIDE]) {
     for (int w = 0; w < WIDE; w++) acc[m][w] = q3n_v_zero();
 }
 
-/* y[columns][rows] = x[rows][columns] by blocks of LANES; the rows and columns that x lacks are written as zeros up to a
-   whole block where `fill`, else not at all. */
+/* y[columns][rows] = x[rows][columns] by blocks of LANES; the rows and columns that x lacks are written as zeros up to
+   a whole block where `fill`, else not at all. */
 static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, int64_t rows_of_x, int64_t columns,
                       int fill) {
   for (int64_t r = 0; r < rows_of_x; r += LANES)
@@ -94,6 +97,13 @@ static void transpose(float *y, int64_t y_row, const float *x, int64_t x_row, in
       for (int i = 0; i < LANES && (fill || c + i < columns); i++)
         q3n_v_store_some(y + (c + i) * y_row + r, some_rows, tile[i]);
     }
+}
+
+/* A rounded decay is off by the same fraction of a unit chunk after chunk where the gates are near 1, as are products
+   of numbers of few digits: the rest is kept and applied too. */
+static inline void set_gain(chunk *ch, int64_t c, double decay) {
+  ch->gain[c] = (float)decay;
+  ch->gain_low[c] = (float)(decay - (double)ch->gain[c]);
 }
 
 static void load_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
@@ -144,11 +154,11 @@ static void scores_one_decay(chunk *ch, int64_t K) {
     }
   }
   for (int64_t i = 0; i < N; i++) ch->start[i] = (float)ch->reach[i];
-  for (int64_t c = 0; c < ch->P; c++) ch->gain[c] = (float)ch->reach[n - 1];
+  for (int64_t c = 0; c < ch->P; c++) set_gain(ch, c, ch->reach[n - 1]);
 }
 
-/* The same with a decay a channel: the keys are decayed, one token after the other. Leaves k decayed to the chunk's end,
-   kt and qt decayed from its start. */
+/* The same with a decay a channel: the keys are decayed, one token after the other. Leaves k decayed to the chunk's
+   end, kt and qt decayed from its start. */
 static void scores_channel_decay(chunk *ch, int64_t K) {
   const int64_t n = ch->n, C = ch->C, P = ch->P, N = padded(n, LANES);
   for (int64_t c = 0; c < K; c++)
@@ -184,12 +194,12 @@ static void scores_channel_decay(chunk *ch, int64_t K) {
   transpose(ch->kt, 2 * C, ch->k, P, n, K, 1);
   transpose(ch->qt, 2 * C, ch->q, P, n, K, 1);
   transpose(ch->k, P, ch->key, C, K, n, 1);
-  for (int64_t c = 0; c < P; c++) ch->gain[c] = (float)ch->gamma[c];
+  for (int64_t c = 0; c < P; c++) set_gain(ch, c, ch->gamma[c]);
   for (int64_t i = 0; i < N; i++) ch->start[i] = ch->end[i] = 1.0f;
 }
 
-/* What lies on and below the diagonal of a tile: nothing is multiplied above it, where a NaN of a later token would come
-   back in time. */
+/* What lies on and below the diagonal of a tile: nothing is multiplied above it, where a NaN of a later token would
+   come back in time. */
 static inline void product_triangle(q3n_v acc[TALL][WIDE], const float *p, int64_t C, const float *u) {
   for (int l = 0; l < TALL; l++) {
     const q3n_v u0 = q3n_v_load(u + l * PANEL), u1 = q3n_v_load(u + l * PANEL + LANES);
@@ -248,8 +258,8 @@ static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, const 
 }
 
 /* The states after each token of the chunk, value channels v0 .. v0 + width: from the panel's state before it and u. */
-static void panel_snapshots(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, const float *s, int64_t t0,
-                            int64_t v0, int64_t width) {
+static void panel_snapshots(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, const float *s,
+                            int64_t t0, int64_t v0, int64_t width) {
   transpose(x->snapshots + t0 * a->snap_t + v0 * a->snap_v, a->snap_v, s, PANEL, a->K, width, 0);
   for (int64_t i = 0; i < ch->n; i++) {
     float *now = x->snapshots + (t0 + i) * a->snap_t + v0 * a->snap_v;
@@ -277,8 +287,11 @@ static void panel_state(const chunk *ch, float *s, int64_t K) {
   for (int64_t c = 0; c < K; c += TALL) {
     q3n_v acc[TALL][WIDE];
     for (int m = 0; m < TALL; m++)
-      for (int w = 0; w < WIDE; w++)
-        acc[m][w] = q3n_v_mul(q3n_v_set(ch->gain[c + m]), q3n_v_load(s + (c + m) * PANEL + w * LANES));
+      for (int w = 0; w < WIDE; w++) {
+        const q3n_v before = q3n_v_load(s + (c + m) * PANEL + w * LANES);
+        const q3n_v low = q3n_v_mul(q3n_v_set(ch->gain_low[c + m]), before);
+        acc[m][w] = q3n_v_fma(q3n_v_set(ch->gain[c + m]), before, low);
+      }
     product(acc, 0, ch->k + c, ch->P, ch->u, PANEL, LANES, ch->n);
     for (int m = 0; m < TALL; m++)
       for (int w = 0; w < WIDE; w++) q3n_v_store(s + (c + m) * PANEL + w * LANES, acc[m][w]);

@@ -12,6 +12,7 @@
 enum {
   LANES = Q3N_LANES,
   ROWS = LANES / 2, /* a vector holds the sums sk and sq of as many rows */
+  AHEAD = 3 * ROWS, /* rows of the pool */
   TOKENS = 8        /* prepared at a time, once for all rows of a head: 16 KiB at K = 128 */
 };
 
@@ -97,11 +98,12 @@ static inline q3n_v load_part(const float *p, int whole, q3n_v_mask some) {
 }
 
 /* Channels c on of both dot products: ROWS sums sk, then ROWS sums sq. */
-static inline void dot_part(q3n_v sum[2 * ROWS], const block *b, int64_t i, rows from, int64_t c, int whole,
-                            q3n_v_mask some) {
+static inline void dot_part(q3n_v sum[2 * ROWS], const block *b, int64_t i, rows from, const float *ahead, int64_t c,
+                            int whole, q3n_v_mask some) {
   const q3n_v dk = q3n_v_load(b->dk + i * b->P + c), dq = q3n_v_load(b->dq + i * b->P + c);
   for (int r = 0; r < ROWS; r++) {
     const q3n_v s = load_part(from.at + r * from.row + c, whole, some);
+    if (ahead) __builtin_prefetch(ahead + r * from.row + c);
     sum[r] = q3n_v_fma(s, dk, sum[r]);
     sum[ROWS + r] = q3n_v_fma(s, dq, sum[ROWS + r]);
   }
@@ -123,6 +125,7 @@ static inline void update_part(const q3n_v u[ROWS], const block *b, int64_t i, r
 typedef struct group {
   int64_t i;          /* token of the block */
   rows from, to;
+  const float *ahead; /* rows of the pool that a later group reads, to be fetched meanwhile; or NULL */
   const float *v;
   float *o;
   q3n_v_mask present; /* rows that have a v and an o */
@@ -133,8 +136,11 @@ static inline void dots(const block *b, int64_t K, group *g) {
   const int64_t whole = K / LANES * LANES;
   q3n_v sum[2 * ROWS];
   for (int r = 0; r < 2 * ROWS; r++) sum[r] = q3n_v_zero();
-  for (int64_t c = 0; c < whole; c += LANES) dot_part(sum, b, g->i, g->from, c, 1, q3n_v_first(0));
-  if (whole < K) dot_part(sum, b, g->i, g->from, whole, 0, q3n_v_first(K - whole));
+  if (g->ahead)
+    for (int64_t c = 0; c < whole; c += LANES) dot_part(sum, b, g->i, g->from, g->ahead, c, 1, q3n_v_first(0));
+  else
+    for (int64_t c = 0; c < whole; c += LANES) dot_part(sum, b, g->i, g->from, NULL, c, 1, q3n_v_first(0));
+  if (whole < K) dot_part(sum, b, g->i, g->from, NULL, whole, 0, q3n_v_first(K - whole));
   g->sums = q3n_v_sums(sum);
 }
 
@@ -159,8 +165,8 @@ static inline void copy_rows(rows to, rows from, int64_t n, int64_t K) {
 
 /* Tokens t0 .. of one head on its value rows first .. last - 1, `first` a multiple of ROWS. `begun`: the state before
    them lies in b->s already. */
-static void run_rows(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, int64_t first, int64_t last, int begun,
-                     block *b) {
+static void run_rows(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, int64_t first, int64_t last,
+                     int begun, block *b) {
   const int64_t V = a->V, K = a->K, T = x->T;
   /* A const of the args is dropped here to have one type; nothing is written through `in`. */
   const rows in = {(float *)(uintptr_t)x->state_in, a->state_v}, out = {x->state_out, a->state_v}, kept = {b->s, b->P};
@@ -194,6 +200,7 @@ static void run_rows(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0
           const rows here = {b->s + r * b->P, b->P};
           now = (group){.i = i, .from = here, .to = here, .v = x->v + t * a->v_t + r, .o = x->o + t * a->o_t + r};
           if (from_pool && r < grouped) now.from = (rows){in.at + r * in.row, in.row};
+          if (from_pool && r + AHEAD < grouped) now.ahead = in.at + (r + AHEAD) * in.row;
           if (to_pool && r < grouped) now.to = (rows){out.at + r * out.row, out.row};
           now.present = q3n_v_first(last - r < ROWS ? last - r : ROWS);
           dots(b, K, &now);
@@ -218,7 +225,8 @@ static inline q3n_status run_recurrent(const q3n_gated_delta_args *a, int64_t be
 
   /* All items of a head in one go: its tokens are read and normalised once. */
   for (int64_t item = begin; item < end;) {
-    const int64_t head = item / blocks, from = item % blocks, to = blocks - from < end - item ? blocks : from + end - item;
+    const int64_t head = item / blocks, from = item % blocks;
+    const int64_t to = blocks - from < end - item ? blocks : from + end - item;
     const gd_head x = gd_find_head(a, head / a->HV, head % a->HV);
     const int64_t first = from * Q3N_GATED_DELTA_ROWS;
     const int64_t last = to * Q3N_GATED_DELTA_ROWS < a->V ? to * Q3N_GATED_DELTA_ROWS : a->V;

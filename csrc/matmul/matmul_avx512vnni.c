@@ -15,7 +15,7 @@ q3n_status q3n_matmul_avx512vnni(const q3n_matmul_args *a, int64_t begin, int64_
     const int64_t first = item * Q3N_TILE_ROWS;
     const int64_t count = a->N - first < Q3N_TILE_ROWS ? a->N - first : Q3N_TILE_ROWS;
     const q3n_groups w = q3n_groups_of(a->w, a->dtype, first, count, a->w_n, a->K, scratch);
-    const uint8_t *next = q3n_groups_next(a->w, a->dtype, first + Q3N_TILE_ROWS, a->N, a->w_n, w.group[0]);
+    const uint8_t *next = q3n_groups_next(a->w, a->dtype, first + Q3N_TILE_ROWS, a->N, a->w_n, a->K, w.group[0]);
     for (int64_t m = 0, tokens; m < a->M; m += tokens) {
       tokens = q3n_q8_take(a->M - m);
       const uint8_t *x[Q3N_Q8_TOKENS];

@@ -37,12 +37,11 @@ static inline q3n_groups q3n_groups_of(const void *w, q3n_dtype dtype, int64_t f
   return g;
 }
 
-/* Where rows `first` .. of interleaved w lie, to be fetched while the tile before them is computed; `otherwise` where
-   there are none or w is not interleaved. */
+/* Where rows `first` .. of w lie, to be fetched while the tile before them is computed; `otherwise` where there are
+   none or rows of n elements are not packed. */
 static inline const uint8_t *q3n_groups_next(const void *w, q3n_dtype dtype, int64_t first, int64_t rows, int64_t stride,
-                                             const uint8_t *otherwise) {
-  if (!(dtype & Q3N_R16) || first >= rows) return otherwise;
-  return (const uint8_t *)q3n_element(w, dtype, first * stride);
+                                             int64_t n, const uint8_t *otherwise) {
+  return first < rows && stride == n ? (const uint8_t *)q3n_element(w, dtype, first * stride) : otherwise;
 }
 
 /* How many of `left` tokens the next tile takes: there are tiles of 1 to 6, 8 and 10, and even cuts waste least. */

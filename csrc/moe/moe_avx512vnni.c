@@ -24,17 +24,19 @@ q3n_status q3n_moe_up_avx512vnni(const q3n_moe_up_args *a, int64_t begin, int64_
       const int64_t count = a->F - first < Q3N_TILE_ROWS ? a->F - first : Q3N_TILE_ROWS;
       const q3n_groups gate = q3n_groups_of(gate_rows, a->gate_dtype, first, count, a->gate_f, a->D, gate_groups);
       const q3n_groups up = q3n_groups_of(up_rows, a->up_dtype, first, count, a->up_f, a->D, up_groups);
-      const int64_t rows = end * Q3N_TILE_ROWS < a->F ? end * Q3N_TILE_ROWS : a->F;
-      const uint8_t *next =
-          q3n_groups_next(gate_rows, a->gate_dtype, first + Q3N_TILE_ROWS, rows, a->gate_f, up.group[0]);
+      const uint8_t *up_next = q3n_groups_next(up_rows, a->up_dtype, first, a->F, a->up_f, a->D, up.group[0]);
+      const int64_t last = item + 1 == end, expert = last ? q3n_next_expert(a->offsets, e, a->E) : e;
+      const uint8_t *gate_next = q3n_groups_next(q3n_element(a->gate, a->gate_dtype, expert * a->gate_e), a->gate_dtype,
+                                                 (last ? begin : item + 1) * Q3N_TILE_ROWS, a->F, a->gate_f, a->D,
+                                                 up.group[0]);
       for (int64_t i = from, tokens; i < to; i += tokens) {
         tokens = q3n_q8_take(to - i);
         const uint8_t *x[Q3N_Q8_TOKENS];
         float g[Q3N_Q8_TOKENS * Q3N_TILE_ROWS], u[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
         for (int64_t t = 0; t < tokens; t++)
           x[t] = q3n_element(a->x, a->x_dtype, a->order[i + t] / a->top_k * a->x_t);
-        q3n_q8_tile_avx512vnni(gate_type, tokens)(g, gate.group[0], gate.group[1], x, gate_blocks, up.group[0]);
-        q3n_q8_tile_avx512vnni(up_type, tokens)(u, up.group[0], up.group[1], x, up_blocks, next);
+        q3n_q8_tile_avx512vnni(gate_type, tokens)(g, gate.group[0], gate.group[1], x, gate_blocks, up_next);
+        q3n_q8_tile_avx512vnni(up_type, tokens)(u, up.group[0], up.group[1], x, up_blocks, gate_next);
         for (int64_t t = 0; t < tokens; t++)
           q3n_moe_swiglu(a->h + a->order[i + t] * a->F + first, g + t * Q3N_TILE_ROWS, u + t * Q3N_TILE_ROWS, count);
       }
@@ -57,11 +59,9 @@ q3n_status q3n_moe_down_avx512vnni(const q3n_moe_down_args *a, int64_t begin, in
       if (from == to) continue;
       const void *rows = q3n_element(a->down, a->dtype, e * a->down_e);
       const q3n_groups down = q3n_groups_of(rows, a->dtype, first, count, a->down_d, a->F, scratch);
-      int64_t after = e + 1;
-      while (after < a->E && a->offsets[after] == a->offsets[after + 1]) after++;
-      const uint8_t *next = down.group[0];
-      if (after < a->E)
-        next = q3n_groups_next(q3n_element(a->down, a->dtype, after * a->down_e), a->dtype, first, a->D, a->down_d, next);
+      const uint8_t *next = q3n_groups_next(
+          q3n_element(a->down, a->dtype, q3n_next_expert(a->offsets, e, a->E) * a->down_e), a->dtype, first, a->D,
+          a->down_d, a->F, down.group[0]);
       for (int64_t i = from, tokens; i < to; i += tokens) {
         tokens = q3n_q8_take(to - i);
         const uint8_t *h[Q3N_Q8_TOKENS];

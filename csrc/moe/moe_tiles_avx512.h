@@ -5,6 +5,13 @@
 #include "../simd/avx512.h"
 #include "moe_block.h"
 
+/* The first expert after e that any pair chose; e where there is none. */
+static inline int64_t q3n_next_expert(const int64_t *offsets, int64_t e, int64_t E) {
+  for (int64_t after = e + 1; after < E; after++)
+    if (offsets[after] < offsets[after + 1]) return after;
+  return e;
+}
+
 /* h = silu(gate) * up for `count` rows of one pair. */
 static inline void q3n_moe_swiglu(float *h, const float *gate, const float *up, int64_t count) {
   for (int64_t r = 0; r < count; r += 16) {

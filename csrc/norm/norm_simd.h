@@ -1,5 +1,5 @@
-/* Rows over the vectors of csrc/simd: as the scalar form, sums, factor and products in double and one rounding. A row is
-   read twice, the second time from the first cache. */
+/* Rows over the vectors of csrc/simd: as the scalar form, sums, factor and products in double and one rounding. A row
+   is read twice, the second time from the first cache. */
 #include <math.h>
 
 #include "norm_rows.h"

@@ -1,5 +1,5 @@
-/* Over the vectors of csrc/simd: sines and cosines of a token's R/2 angles in double, then every head by the same table.
-   With libm they would take most of the time. */
+/* Over the vectors of csrc/simd: sines and cosines of a token's R/2 angles in double, then every head by the same
+   table. With libm they would take most of the time. */
 #include <math.h>
 #include <string.h>
 
@@ -14,7 +14,8 @@ enum { LANES = Q3N_LANES };
 /* Sine and cosine of 0 <= x <= LARGEST within 2^-43 + 2^-52 x: x less n pi/2, then Taylor series up to r^13 and r^14 on
    |r| <= pi/4 (their first missing terms are 2e-14 and 1e-15), then by n's last bits which is which and its sign. */
 static inline void sine_cosine(q3n_d x, q3n_d *sine, q3n_d *cosine) {
-  static const double s[] = {1.0 / 6227020800.0, -1.0 / 39916800.0, 1.0 / 362880.0, -1.0 / 5040.0, 1.0 / 120.0, -1.0 / 6.0};
+  static const double s[] = {1.0 / 6227020800.0, -1.0 / 39916800.0, 1.0 / 362880.0,
+                             -1.0 / 5040.0,      1.0 / 120.0,       -1.0 / 6.0};
   static const double c[] = {-1.0 / 87178291200.0, 1.0 / 479001600.0, -1.0 / 3628800.0, 1.0 / 40320.0,
                              -1.0 / 720.0,         1.0 / 24.0,         -1.0 / 2.0};
   const q3n_d n = q3n_d_round(q3n_d_mul(x, q3n_d_set(0x1.45f306dc9c883p-1)));

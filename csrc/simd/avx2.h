@@ -1,5 +1,5 @@
-/* AVX2 and FMA helpers. Static inline only: this header is included by files that are compiled for them. Names that begin
-   with q3n_v_ mean the same in avx512.h, so that a kernel can be written once over both. */
+/* AVX2 and FMA helpers. Static inline only: this header is included by files that are compiled for them. Names that
+   begin with q3n_v_ mean the same in avx512.h, so that a kernel can be written once over both. */
 #ifndef Q3N_SIMD_AVX2_H
 #define Q3N_SIMD_AVX2_H
 
@@ -138,7 +138,6 @@ static inline q3n_v q3n_d_join(q3n_d low, q3n_d high) {
 }
 static inline q3n_d q3n_d_set(double x) { return _mm256_set1_pd(x); }
 static inline q3n_d q3n_d_load(const double *p) { return _mm256_loadu_pd(p); }
-static inline void q3n_d_store(double *p, q3n_d x) { _mm256_storeu_pd(p, x); }
 static inline q3n_d q3n_d_add(q3n_d x, q3n_d y) { return _mm256_add_pd(x, y); }
 static inline q3n_d q3n_d_mul(q3n_d x, q3n_d y) { return _mm256_mul_pd(x, y); }
 /* x y + z and z - x y. */

@@ -147,7 +147,6 @@ static inline q3n_v q3n_d_join(q3n_d low, q3n_d high) {
 }
 static inline q3n_d q3n_d_set(double x) { return _mm512_set1_pd(x); }
 static inline q3n_d q3n_d_load(const double *p) { return _mm512_loadu_pd(p); }
-static inline void q3n_d_store(double *p, q3n_d x) { _mm512_storeu_pd(p, x); }
 static inline q3n_d q3n_d_add(q3n_d x, q3n_d y) { return _mm512_add_pd(x, y); }
 static inline q3n_d q3n_d_mul(q3n_d x, q3n_d y) { return _mm512_mul_pd(x, y); }
 /* x y + z and z - x y. */

@@ -1,6 +1,6 @@
-/* Forward substitution by tiles over the vectors of csrc/simd: TALL rows of a panel of columns stay in registers while all
-   finished rows are subtracted from them, then the tile's own triangle is solved there. The finished rows of the panel
-   are kept in scratch, one behind the other. */
+/* Forward substitution by tiles over the vectors of csrc/simd: TALL rows of a panel of columns stay in registers while
+   all finished rows are subtracted from them, then the tile's own triangle is solved there. The finished rows of the
+   panel are kept in scratch, one behind the other. */
 #include "../base/check.h"
 #include "solve_tri_block.h"
 
@@ -32,7 +32,8 @@ static inline void subtract_rows(q3n_v acc[TALL][WIDE], const float *const l[TAL
   }
 }
 
-/* The tile's own triangle, `tall` rows from row i on. Right of the diagonal an inverse is exactly 0, whatever l holds. */
+/* The tile's own triangle, `tall` rows from row i on. Right of the diagonal an inverse is exactly 0, whatever l holds.
+   */
 static inline void substitute(q3n_v acc[TALL][WIDE], const float *const l[TALL], int64_t i, int64_t tall, int unit,
                               int inverse, int64_t first) {
   for (int r = 0; r < TALL; r++) {

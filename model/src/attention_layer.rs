@@ -1,18 +1,19 @@
 //! Gated full attention: projections, q and k norms, rotary embedding, KV cache, attention, output projection.
 
+use crate::cache::Rows;
 use crate::config::Config;
 use crate::error::Error;
 use crate::ubatch::{add_rows, project, project_rows, Buffers, Input, Packed};
 use crate::weights::Attention;
-use qwen3next_kernels::attention::{self, Kv};
+use qwen3next_kernels::attention;
 use qwen3next_kernels::{norm, rope, Exec, View, ViewMut};
 
 /// x += layer(normed). `keys` and `values` are the caches, `[slots][S][HKV][D]`.
 pub(crate) fn add(
     config: &Config,
     w: &Attention,
-    keys: &mut [f32],
-    values: &mut [f32],
+    keys: &mut Rows,
+    values: &mut Rows,
     packed: &Packed,
     normed: &[f32],
     buffers: &mut Buffers,
@@ -38,10 +39,12 @@ pub(crate) fn add(
 
     let row = hkv * d;
     for (b, &slot) in packed.slots.iter().enumerate() {
-        for i in packed.cu_seqlens[b] as usize..packed.cu_seqlens[b + 1] as usize {
-            let to = slot as usize * entry + packed.positions[i] as usize * row;
-            keys[to..to + row].copy_from_slice(&k[i * row..(i + 1) * row]);
-            values[to..to + row].copy_from_slice(&v[i * row..(i + 1) * row]);
+        let (from, to) = (packed.cu_seqlens[b] as usize, packed.cu_seqlens[b + 1] as usize);
+        if from < to {
+            // A sequence's positions follow one another.
+            let at = slot as usize * entry + packed.positions[from] as usize * row;
+            keys.write(at, &k[from * row..to * row], row)?;
+            values.write(at, &v[from * row..to * row], row)?;
         }
     }
 
@@ -53,8 +56,8 @@ pub(crate) fn add(
             o: ViewMut::new(&mut o, [1, t, hq, d])?,
             lse: None,
             q: View::strided(&qg, [1, t, hq, d], strides)?,
-            k: Kv::F32(View::new(keys, cache)?),
-            v: Kv::F32(View::new(values, cache)?),
+            k: keys.view(cache)?,
+            v: values.view(cache)?,
             gate: Some(View::strided(&qg[d..], [1, t, hq, d], strides)?),
             mask: None,
             sinks: None,

@@ -17,6 +17,7 @@
 //! | [`whole`] | output files that are there whole or not at all |
 
 mod attention_layer;
+mod cache;
 pub mod config;
 mod delta_layer;
 pub mod embedded;
@@ -45,6 +46,6 @@ pub use error::Error;
 pub use forward::{Batch, Model};
 pub use load::load;
 pub use source::{Loaded, Metadata, Progress, TensorInfo};
-pub use state::State;
+pub use state::{CacheTypes, State};
 pub use tokenizer::Tokenizer;
 pub use weights::{Tensor, Weights};

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::forward::{Batch, Model, Options};
-use crate::state::State;
+use crate::state::{CacheTypes, State};
 
 /// Which positions of a window count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +86,19 @@ pub fn windows<E: From<Error>>(
     ctx: usize,
     scored: Scored,
     options: &Options,
+    each: impl FnMut(Window) -> Result<(), E>,
+) -> Result<(), E> {
+    windows_cached(model, tokens, ctx, scored, options, CacheTypes::default(), each)
+}
+
+/// As [`windows`], with KV caches of these types.
+pub fn windows_cached<E: From<Error>>(
+    model: &Model,
+    tokens: &[u32],
+    ctx: usize,
+    scored: Scored,
+    options: &Options,
+    cache: CacheTypes,
     mut each: impl FnMut(Window) -> Result<(), E>,
 ) -> Result<(), E> {
     if ctx < 2 {
@@ -94,7 +107,7 @@ pub fn windows<E: From<Error>>(
     if tokens.len() < ctx {
         return Err(Error::argument("ctx", format!("is {ctx}, the text has only {} tokens", tokens.len())).into());
     }
-    let mut state = State::new(model.config(), 1, ctx)?;
+    let mut state = State::with_cache(model.config(), 1, ctx, cache)?;
     let first = first(ctx, scored);
     for (index, window) in tokens.chunks_exact(ctx).enumerate() {
         state.clear(0)?;

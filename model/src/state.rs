@@ -1,6 +1,8 @@
 //! What a model remembers of its sequences: KV caches of the attention layers, convolution windows and recurrent
 //! states of the DeltaNet layers, for a fixed number of sequence slots.
 
+pub use crate::cache::CacheTypes;
+use crate::cache::Rows;
 use crate::config::{Config, LayerKind};
 use crate::error::Error;
 use crate::ubatch::Buffers;
@@ -31,7 +33,7 @@ pub(crate) enum LayerState {
     /// `[slots][W-1 window of every channel]` and `[slots][HV][V][K]`.
     Delta { conv: Vec<f32>, delta: Vec<f32> },
     /// `[slots][capacity][HKV][D]` each.
-    Attention { k: Vec<f32>, v: Vec<f32> },
+    Attention { k: Rows, v: Rows },
 }
 
 /// Elements of one slot.
@@ -66,8 +68,16 @@ struct Checkpoint {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
     length: usize,
-    /// Per layer: conv then delta state, or the keys then the values of `length` tokens.
-    layers: Vec<Vec<f32>>,
+    layers: Vec<Kept>,
+}
+
+/// What a snapshot holds of one layer.
+#[derive(Debug, Clone, PartialEq)]
+enum Kept {
+    /// Conv then delta state.
+    Delta(Vec<f32>),
+    /// The keys and the values of the snapshot's tokens.
+    Attention { k: Rows, v: Rows },
 }
 
 impl Snapshot {
@@ -81,31 +91,44 @@ impl Snapshot {
         self.length == 0
     }
 
-    /// What one layer remembers: the convolution windows then the recurrent states, or the keys then the values.
+    /// The convolution windows then the recurrent states of a DeltaNet layer.
     pub fn layer(&self, layer: usize) -> Option<&[f32]> {
-        self.layers.get(layer).map(Vec::as_slice)
+        match self.layers.get(layer)? {
+            Kept::Delta(values) => Some(values),
+            Kept::Attention { .. } => None,
+        }
     }
 
     /// As [`Snapshot::layer`], to be changed.
     pub fn layer_mut(&mut self, layer: usize) -> Option<&mut [f32]> {
-        self.layers.get_mut(layer).map(Vec::as_mut_slice)
+        match self.layers.get_mut(layer)? {
+            Kept::Delta(values) => Some(values),
+            Kept::Attention { .. } => None,
+        }
     }
 }
 
 impl State {
-    /// Empty memory for `slots` sequences of up to `capacity` tokens. Errors where it would not fit an address space.
+    /// Empty memory for `slots` sequences of up to `capacity` tokens, with f32 caches. Errors where it would not fit an
+    /// address space.
     pub fn new(config: &Config, slots: usize, capacity: usize) -> Result<State, Error> {
+        State::with_cache(config, slots, capacity, CacheTypes::default())
+    }
+
+    /// As [`State::new`], with KV caches of these types. Errors also where attention does not take them.
+    pub fn with_cache(config: &Config, slots: usize, capacity: usize, cache: CacheTypes) -> Result<State, Error> {
+        cache.expect(config)?;
         let sizes = Sizes::of(config);
         let room = |per_slot: Option<usize>| {
             let n = per_slot.and_then(|n| n.checked_mul(slots)).filter(|&n| n <= isize::MAX as usize / 8);
-            let n = n.ok_or_else(|| {
-                Error::argument("context", format!("{slots} slots of {capacity} tokens are too large"))
-            })?;
+            n.ok_or_else(|| Error::argument("context", format!("{slots} slots of {capacity} tokens are too large")))
+        };
+        let floats = |n: usize| {
+            let n = room(Some(n))?;
             let bytes = 4 * n;
             Vec::<f32>::new().try_reserve_exact(n).map_err(|_| {
                 Error::argument("context", format!("no memory for {bytes} bytes of state in one layer"))
             })?;
-            // Fresh zero pages: a long context takes memory as it fills, not at once.
             Ok::<_, Error>(vec![0.0f32; n])
         };
         let layers = config
@@ -113,12 +136,10 @@ impl State {
             .iter()
             .map(|kind| {
                 Ok(match kind {
-                    LayerKind::Delta => {
-                        LayerState::Delta { conv: room(Some(sizes.conv))?, delta: room(Some(sizes.delta))? }
-                    }
+                    LayerKind::Delta => LayerState::Delta { conv: floats(sizes.conv)?, delta: floats(sizes.delta)? },
                     LayerKind::Attention => {
-                        let n = sizes.kv.checked_mul(capacity);
-                        LayerState::Attention { k: room(n)?, v: room(n)? }
+                        let n = room(sizes.kv.checked_mul(capacity))?;
+                        LayerState::Attention { k: Rows::zeros(cache.k, n)?, v: Rows::zeros(cache.v, n)? }
                     }
                 })
             })
@@ -190,12 +211,12 @@ impl State {
             .iter()
             .map(|layer| match layer {
                 LayerState::Delta { conv, delta } => {
-                    [part(conv, slot, self.sizes.conv), part(delta, slot, self.sizes.delta)].concat()
+                    Kept::Delta([part(conv, slot, self.sizes.conv), part(delta, slot, self.sizes.delta)].concat())
                 }
                 LayerState::Attention { k, v } => {
-                    let used = length * self.sizes.kv;
-                    let cache = self.capacity * self.sizes.kv;
-                    [&part(k, slot, cache)[..used], &part(v, slot, cache)[..used]].concat()
+                    let from = slot * self.capacity * self.sizes.kv;
+                    let used = from..from + length * self.sizes.kv;
+                    Kept::Attention { k: k.part(used.clone()), v: v.part(used) }
                 }
             })
             .collect();
@@ -211,24 +232,35 @@ impl State {
         }
         let used = snapshot.length * self.sizes.kv;
         let fits = snapshot.layers.len() == self.sizes.layers
-            && self.layers.iter().zip(&snapshot.layers).all(|(layer, values)| match layer {
-                LayerState::Delta { .. } => values.len() == self.sizes.conv + self.sizes.delta,
-                LayerState::Attention { .. } => values.len() == 2 * used,
+            && self.layers.iter().zip(&snapshot.layers).all(|(layer, kept)| match (layer, kept) {
+                (LayerState::Delta { .. }, Kept::Delta(values)) => values.len() == self.sizes.conv + self.sizes.delta,
+                (LayerState::Attention { .. }, Kept::Attention { k, v }) => k.len() == used && v.len() == used,
+                _ => false,
             });
         if !fits {
             return Err(Error::argument("snapshot", "is of a model of other sizes"));
         }
-        for (layer, values) in self.layers.iter_mut().zip(&snapshot.layers) {
-            match layer {
-                LayerState::Delta { conv, delta } => {
+        let cached = self.layers.iter().zip(&snapshot.layers).all(|(layer, kept)| match (layer, kept) {
+            (LayerState::Attention { k, v }, Kept::Attention { k: kept_k, v: kept_v }) => {
+                k.same_type(kept_k) && v.same_type(kept_v)
+            }
+            _ => true,
+        });
+        if !cached {
+            return Err(Error::argument("snapshot", "has caches of another type"));
+        }
+        for (layer, kept) in self.layers.iter_mut().zip(&snapshot.layers) {
+            match (layer, kept) {
+                (LayerState::Delta { conv, delta }, Kept::Delta(values)) => {
                     part_mut(conv, slot, self.sizes.conv).copy_from_slice(&values[..self.sizes.conv]);
                     part_mut(delta, slot, self.sizes.delta).copy_from_slice(&values[self.sizes.conv..]);
                 }
-                LayerState::Attention { k, v } => {
-                    let cache = self.capacity * self.sizes.kv;
-                    part_mut(k, slot, cache)[..used].copy_from_slice(&values[..used]);
-                    part_mut(v, slot, cache)[..used].copy_from_slice(&values[used..]);
+                (LayerState::Attention { k, v }, Kept::Attention { k: kept_k, v: kept_v }) => {
+                    let from = slot * self.capacity * self.sizes.kv;
+                    k.put(from, kept_k);
+                    v.put(from, kept_v);
                 }
+                _ => unreachable!("kinds were compared"),
             }
         }
         self.lengths[slot] = snapshot.length;

@@ -4,7 +4,7 @@ use qwen3next_kernels::gated_delta::{self, Gate, HeadMap, LogDecay, Op, State};
 use qwen3next_kernels::{Error, Exec, Operator, View, ViewMut};
 use qwen3next_verify::buffer::Layout;
 use qwen3next_verify::cases::gated_delta::{
-    call, judge, Case, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
+    call, judge, sequences_alone, Case, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
 };
 use qwen3next_verify::compare::bitwise;
 use qwen3next_verify::reference::gated_delta::Form;
@@ -33,6 +33,16 @@ fn dispatch_runs_one_of_the_variants() {
             bitwise("o", &got.o, &of.o).is_ok() && bitwise("state", &got.state, &of.state).is_ok()
         });
         assert!(same, "T={t}: no variant gives what dispatch gave");
+    }
+}
+
+#[test]
+fn dispatch_gives_a_sequence_the_same_bits_whatever_stands_beside_it() {
+    let base = GatedDelta::grid().into_iter().find(|c| c.k == 128 && c.t == 129).expect("the model's head size");
+    // Packed: lengths t, 0, t / 2, t, and so on, on both sides of every threshold of dispatch.
+    for t in [3, 9, 14, 31, 64, 129] {
+        let case = Case { t, b: 4, rows: Rows::Packed, ..base.clone() };
+        sequences_alone(&Exec::default(), &case, 7).unwrap_or_else(|e| panic!("T={t}: {e}"));
     }
 }
 

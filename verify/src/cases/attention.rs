@@ -664,8 +664,38 @@ fn empty_rows(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Outco
     Ok(applied)
 }
 
-/// Scores of −∞, +∞ and NaN, from the mask or from the keys, do what the formula does, in their row alone.
+/// An infinity in one channel of a value is that channel's output in the rows that see the key, and changes no other bit.
+fn infinite_values(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Result<(), Failure> {
+    if case.regime != Regime::Normal || case.kv == KvType::Q8_0 {
+        return Ok(());
+    }
+    let clean = Problem::generate(case, seed);
+    let exec = Exec::variant(*variant);
+    let want = clean.call(&exec)?;
+    let (hq, d, group) = (clean.hq, case.d, case.group);
+    for b in (0..case.batch).filter(|&b| clean.cu[b] < clean.cu[b + 1] && clean.kv_len[b] > 0 && case.hkv > 0) {
+        let mut problem = clean.clone();
+        let (j, h, i) = (seed as usize % problem.kv_len[b] as usize, seed as usize % case.hkv, seed as usize / 2 % d);
+        let at = problem.key(b, j).start + h * d + i;
+        problem.v[at] = f32::INFINITY;
+        let mut expected = want.o.clone();
+        for token in 0..problem.tokens() {
+            let (sequence, range) = problem.sees(token);
+            if sequence == b && range.contains(&j) && !problem.hidden(token, j) {
+                (h * group..(h + 1) * group).for_each(|h| expected[(token * hq + h) * d + i] = f32::INFINITY);
+            }
+        }
+        let got = problem.call(&exec)?;
+        bitwise("o beside an infinite value", &got.o, &expected)?;
+        bitwise("lse beside an infinite value", &got.lse, &want.lse)?;
+    }
+    Ok(())
+}
+
+/// Scores of −∞, +∞ and NaN, from the mask or from the keys, do what the formula does, in their row alone; so does an
+/// infinite value.
 fn infinities(variant: &Variant<attention::Op>, case: &Case, seed: u64) -> Outcome {
+    infinite_values(variant, case, seed)?;
     let mut problem = Problem::generate(case, seed);
     let (s, tokens) = (problem.cache[1], problem.tokens());
     if case.regime == Regime::Large || tokens == 0 || s == 0 {

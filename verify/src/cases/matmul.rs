@@ -261,7 +261,7 @@ impl Suite for Matmul {
                     .into_iter()
                     .enumerate()
                 {
-                    let n = if form.is_interleaved() { n.div_ceil(16) * 16 } else { n };
+                    let n = if form.is_interleaved() { usize::div_ceil(n, 16) * 16 } else { n };
                     let (layout, regime) = (Layout::ALL[c % 2], Regime::ALL[(i + c) % 3]);
                     let blocks = [1, 2, 3, 5][(i + j + c) % 4].min(768 / block);
                     grid.push(Case { dtype, m, n, blocks, form, layout, regime });

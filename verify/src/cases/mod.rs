@@ -1,6 +1,7 @@
 //! Cases and checks, one module an operator: shapes, adversarial fills, properties. Tests, benches and the command
 //! share them.
 
+pub mod activations;
 pub mod attention;
 pub mod causal_conv;
 pub mod gated_delta;
@@ -9,6 +10,7 @@ pub mod model;
 pub mod moe;
 pub mod norm;
 pub mod quant;
+pub mod repack;
 pub mod rope;
 pub mod solve_tri;
 
@@ -27,6 +29,8 @@ pub fn all() -> Vec<Entry> {
         Entry::of::<attention::Merge>(),
         Entry::of::<quant::Dequantize>(),
         Entry::of::<quant::Quantize>(),
+        Entry::of::<activations::Activations>(),
+        Entry::of::<repack::Repack>(),
         Entry::of::<matmul::Matmul>(),
         Entry::of::<moe::MoeRoute>(),
         Entry::of::<moe::MoeGroup>(),

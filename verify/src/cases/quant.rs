@@ -184,6 +184,11 @@ impl Form {
         Ok(Some(Guarded::of(&q.bytes()[..bytes])))
     }
 
+    /// The type of weights in this form.
+    pub fn weight_type(self, dtype: DType) -> DType {
+        dtype.interleaved().filter(|_| self.is_interleaved()).unwrap_or(dtype)
+    }
+
     /// Packed rows of `n` elements in this form, and their type.
     pub fn weights(self, packed: &[u8], dtype: DType, n: usize) -> (Vec<u8>, DType) {
         match dtype.interleaved() {

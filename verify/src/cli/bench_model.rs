@@ -157,7 +157,11 @@ impl Args {
         settings = each(settings, &batches, |s, v| s.batch = v);
         settings = each(settings, &ubatches, |s, v| s.ubatch = v);
         settings = each(settings, &TYPE_K.parse(&self.cache_type_k)?, |s, v| s.type_k = v);
-        settings = each(settings, &TYPE_V.parse(&self.cache_type_v)?, |s, v| s.type_v = v);
+        if self.cache_type_v.is_empty() {
+            settings.iter_mut().for_each(|s| s.type_v = s.type_k.clone());
+        } else {
+            settings = each(settings, &TYPE_V.parse(&self.cache_type_v)?, |s, v| s.type_v = v);
+        }
         settings = each(settings, &FLASH_ATTN.parse(&self.flash_attn)?, |s, v| s.flash_attn = v);
         settings = each(settings, &modes, |s, v| s.fused_delta = v);
         settings = each(settings, &threads, |s, v| s.threads = v);

@@ -5,7 +5,7 @@ use anyhow::{bail, ensure, Context};
 use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use qwen3next_verify::cases::attention::KvType;
 use qwen3next_verify::cases::norm::Kind;
-use qwen3next_verify::cases::quant::Type;
+use qwen3next_verify::cases::quant::{Form, Type};
 use qwen3next_verify::compare::{Failure, Metrics};
 use qwen3next_verify::peaks::{Peaks, Roof};
 use qwen3next_verify::plugin::Plugin;
@@ -52,6 +52,10 @@ pub struct Args {
     /// Also draw tokens per second over tokens.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+    /// How activations and quantised weights meet in matmul, moe_up and moe_down: f32 or 8-bit activations, rows or
+    /// interleaved rows.
+    #[arg(long, default_value_t = Form::Q8R16)]
+    form: Form,
     /// Format of the table.
     #[arg(short, long, default_value = "md", value_parser = ["md", "json", "csv"])]
     output: String,
@@ -289,13 +293,14 @@ impl Args {
             }
             "matmul" => {
                 self.no_heads()?;
+                let form = self.form;
                 // Projections of both layer kinds; the head, which only the last token needs.
                 let shapes = ["8192x2048", "2048x4096", HEAD];
                 let points = self.points(&[1, 64], &shapes, &["q4_k"], |m, shape, dtype| {
                     let ([n, k], dtype) = (sizes("--shape", shape, "NxK")?, weight_type(dtype)?);
                     whole_blocks(shape, k, dtype)?;
                     ensure!(n * k <= 1 << 33, "--shape {shape}: expected N times K to 2^33");
-                    Ok(Box::new(move || Ok(matmul::Matmul::new(m, n, k, dtype))))
+                    Ok(Box::new(move || matmul::Matmul::new(m, n, k, dtype, form).map_err(failed)))
                 })?;
                 let asked = !self.shape.is_empty() || !self.tokens.is_empty();
                 self.measure(
@@ -312,12 +317,14 @@ impl Args {
                 self.measure(only_check, points)
             }
             "moe_up" => {
-                let make = |sizes, dtype: &str| Ok(moe::Up::new(sizes, weight_type(dtype)?));
+                let form = self.form;
+                let make = move |sizes, dtype: &str| moe::Up::new(sizes, weight_type(dtype)?, form).map_err(failed);
                 let points = self.experts("E/K:FxD", &[1, 64], &["q4_k"], make)?;
                 self.measure(only_check, points)
             }
             "moe_down" => {
-                let make = |sizes, dtype: &str| Ok(moe::Down::new(sizes, weight_type(dtype)?));
+                let form = self.form;
+                let make = move |sizes, dtype: &str| moe::Down::new(sizes, weight_type(dtype)?, form).map_err(failed);
                 let points = self.experts("E/K:FxD", &[1, 64], &["q4_k"], make)?;
                 self.measure(only_check, points)
             }
@@ -437,6 +444,10 @@ impl Args {
 
 /// Rows of the output projection.
 const HEAD: &str = "151936x2048";
+
+fn failed(failure: Failure) -> anyhow::Error {
+    anyhow::anyhow!("{failure}")
+}
 
 fn weight_type(name: &str) -> anyhow::Result<Type> {
     name.parse().map_err(|e| anyhow::anyhow!("--dtype {name}: {e}"))

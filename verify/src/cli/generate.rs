@@ -102,7 +102,7 @@ pub fn speak(
     if tokens.len() > ctx {
         bail!("--ctx {ctx}: the prompt has {} tokens", tokens.len());
     }
-    let mut state = State::new(loaded.model.config(), 1, ctx)?;
+    let mut state = State::with_cache(loaded.model.config(), 1, ctx, options.cache())?;
 
     let bar = super::progress(tokens.len() as u64, "reading the prompt {wide_bar} {pos}/{len} {eta}");
     let begin = std::time::Instant::now();

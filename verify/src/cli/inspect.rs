@@ -3,6 +3,7 @@
 use crate::cli::model;
 use crate::Done;
 use qwen3next_model::config::{LayerKind, Mlp};
+use qwen3next_model::CacheTypes;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -30,6 +31,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         *entry = (entry.0 + 1, entry.1 + t.bytes);
     }
     let kv_bytes = c.kv_elements() * size_of::<f32>();
+    let kv_types: Vec<(String, Option<usize>)> =
+        CacheTypes::ALL.into_iter().map(|t| (t.to_string(), CacheTypes { k: t, v: t }.bytes_per_token(c))).collect();
     let kinds: String = c.layers.iter().map(|k| if *k == LayerKind::Delta { 'D' } else { 'A' }).collect();
 
     let mut out = std::io::stdout().lock();
@@ -50,6 +53,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             "moe": {"experts": m.experts, "top_k": m.top_k, "ff": m.ff, "shared_ff": m.shared_ff,
                 "normalize": m.normalize},
             "dense_ff": c.dense_ff, "state_bytes": c.state_bytes(), "kv_bytes_per_token": kv_bytes,
+            "kv_bytes_per_token_by_type": kv_types.iter().cloned().collect::<BTreeMap<_, _>>(),
             "types": types.iter().map(|(k, v)| (k.to_string(), json!({"tensors": v.0, "bytes": v.1})))
                 .collect::<serde_json::Map<_, _>>(),
             "tensors": tensors,
@@ -112,7 +116,9 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         writeln!(out, "dense           {layers} layers of {}", c.dense_ff)?;
     }
     writeln!(out, "state           {} bytes a sequence (f32)", c.state_bytes())?;
-    writeln!(out, "kv cache        {kv_bytes} bytes a token (f32)")?;
+    let kv: Vec<String> =
+        kv_types.iter().filter_map(|(t, bytes)| bytes.map(|bytes| format!("{bytes} ({t})"))).collect();
+    writeln!(out, "kv cache        bytes a token: {}", kv.join(", "))?;
     if args.tensors {
         for t in &meta.tensors {
             writeln!(

@@ -48,7 +48,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     }
 
     let config = loaded.model.config();
-    let mut state = State::new(config, 1, tokens.len())?;
+    let mut state = State::with_cache(config, 1, tokens.len(), args.model.cache())?;
     let rows = if args.all { tokens.len() } else { 1 };
     let mut out = npy::Writer::create(&args.out, rows, config.vocab)?;
     let bar = super::progress(tokens.len() as u64, "logits {wide_bar} {pos}/{len} {eta}");

@@ -1,9 +1,10 @@
 //! Options that every command with a model takes, and loading it.
 
 use anyhow::{bail, Context};
+use qwen3next_kernels::DType;
 use qwen3next_model::forward::{Activations, FusedDelta, Options};
 use qwen3next_model::tokenizer::Tokenizer;
-use qwen3next_model::{Metadata, Model};
+use qwen3next_model::{CacheTypes, Metadata, Model};
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Clone)]
@@ -32,6 +33,18 @@ pub struct Args {
     #[arg(long, value_name = "0|1", num_args = 0..=1, default_value = "0", default_missing_value = "1",
         value_parser = switch)]
     pub run_time_repack: bool,
+    /// Type of the cached keys (-ctk): f32, f16, bf16 or q8_0.
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = cache_type)]
+    pub cache_type_k: DType,
+    /// Type of the cached values (-ctv), that of the keys.
+    #[arg(long, value_name = "TYPE", value_parser = cache_type)]
+    pub cache_type_v: Option<DType>,
+}
+
+/// A type of the KV cache.
+pub fn cache_type(text: &str) -> Result<DType, String> {
+    let known = DType::from_name(text).filter(|t| CacheTypes::ALL.contains(t));
+    known.ok_or_else(|| "expected f32, f16, bf16 or q8_0".into())
 }
 
 fn activations(text: &str) -> Result<Activations, String> {
@@ -99,6 +112,11 @@ impl Args {
     /// How forward passes run in commands that judge numerics.
     pub fn exact(&self) -> anyhow::Result<Options> {
         Ok(Options { activations: self.activations.unwrap_or(Activations::F32), ..self.forward()? })
+    }
+
+    /// Types of the KV caches.
+    pub fn cache(&self) -> CacheTypes {
+        CacheTypes { k: self.cache_type_k, v: self.cache_type_v.unwrap_or(self.cache_type_k) }
     }
 
     /// How forward passes run.

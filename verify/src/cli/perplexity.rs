@@ -3,7 +3,7 @@
 use crate::cli::{model, npy};
 use crate::Done;
 use anyhow::bail;
-use qwen3next_model::perplexity::{divergence, negative_log_likelihood, scored_rows, top, windows, Scored, Sum};
+use qwen3next_model::perplexity::{divergence, negative_log_likelihood, scored_rows, top, windows_cached, Scored, Sum};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -58,7 +58,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let bar = super::progress((tokens.len() / args.ctx) as u64, "perplexity {wide_bar} {pos}/{len} {msg} {eta}");
     let (mut nll, mut kl, mut kls, mut agree, mut row) = (Sum::default(), Sum::default(), Vec::new(), 0usize, 0usize);
     let mut base_nll = Sum::default();
-    windows(&loaded.model, &tokens, args.ctx, scored, &args.model.exact()?, |window| -> anyhow::Result<()> {
+    let (options, cache) = (args.model.exact()?, args.model.cache());
+    windows_cached(&loaded.model, &tokens, args.ctx, scored, &options, cache, |window| -> anyhow::Result<()> {
         for (logits, &next) in window.logits.chunks_exact(vocab).zip(window.next) {
             let likelihood = negative_log_likelihood(logits, next)?;
             anyhow::ensure!(!likelihood.is_nan(), "window {}: a logit is NaN", window.index);

@@ -6,7 +6,7 @@ use anyhow::{bail, ensure, Context};
 use qwen3next_kernels::DType;
 use qwen3next_model::forward::{Activations, FusedDelta, Options};
 use qwen3next_model::weights::{Ffn, Mixer, Swiglu, Tensor};
-use qwen3next_model::{Batch, Model, State};
+use qwen3next_model::{Batch, CacheTypes, Model, State};
 use qwen3next_verify::peaks::{Peaks, Unit};
 use qwen3next_verify::suite::{rng, Rng};
 use rand::Rng as _;
@@ -38,10 +38,11 @@ pub const REPACK: Choice = Choice { flag: "-rtr", values: &["0", "1"], why: "row
 /// What quantised weights meet.
 pub const ACTIVATIONS: Choice =
     Choice { flag: "--activations", values: &["q8", "f32"], why: "activations are 8 bits a value or f32" };
+const CACHES: &[&str] = &["f32", "f16", "bf16", "q8_0"];
 /// Type of cached keys.
-pub const TYPE_K: Choice = Choice { flag: "-ctk", values: &["f32"], why: "the caches are f32" };
+pub const TYPE_K: Choice = Choice { flag: "-ctk", values: CACHES, why: "keys are of one of four types" };
 /// Type of cached values.
-pub const TYPE_V: Choice = Choice { flag: "-ctv", values: &["f32"], why: "the caches are f32" };
+pub const TYPE_V: Choice = Choice { flag: "-ctv", values: CACHES, why: "values are of the type of the keys" };
 
 impl Choice {
     /// The values of a matrix: lists separated by commas, the default where there is none.
@@ -134,7 +135,9 @@ impl Setting {
 
     /// Memory of one sequence.
     fn state(&self, model: &Model, capacity: usize) -> anyhow::Result<State> {
-        Ok(State::new(model.config(), 1, capacity)?)
+        let of = |text: &str| model::cache_type(text).map_err(|e| anyhow::anyhow!("cache type {text:?}: {e}"));
+        let cache = CacheTypes { k: of(&self.type_k)?, v: of(&self.type_v)? };
+        Ok(State::with_cache(model.config(), 1, capacity, cache)?)
     }
 
     /// How a forward pass runs.

@@ -74,7 +74,8 @@ impl Args {
             Ok::<String, anyhow::Error>(values[0].clone())
         };
         let (cpu_moe, repack) = (only(&CPU_MOE, &self.n_cpu_moe)?, only(&REPACK, &self.run_time_repack)?);
-        let (type_k, type_v) = (only(&TYPE_K, &self.cache_type_k)?, only(&TYPE_V, &self.cache_type_v)?);
+        let type_k = only(&TYPE_K, &self.cache_type_k)?;
+        let type_v = if self.cache_type_v.is_some() { only(&TYPE_V, &self.cache_type_v)? } else { type_k.clone() };
         let modes = fused_deltas(self.fused_delta.as_slice())?;
         ensure!(modes.len() == 1, "--fused-delta: expected one value");
         let mut grid = Vec::new();

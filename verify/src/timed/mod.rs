@@ -11,10 +11,11 @@ pub mod quant;
 pub mod rope;
 pub mod solve_tri;
 
+use crate::cases::quant::Form;
 use crate::compare::{Failure, Metrics};
 use crate::peaks::Unit;
 use crate::suite::Suite;
-use qwen3next_kernels::{DType, Exec, Operator, Variant};
+use qwen3next_kernels::{DType, Exec, Isa, Operator, Variant};
 
 /// Seed of all inputs that are timed.
 pub const SEED: u64 = 1;
@@ -43,8 +44,8 @@ pub trait Timed {
     /// What the call has to do.
     fn work(&self) -> Work;
 
-    /// The instructions that bound a variant's arithmetic. Activations are f32 in all of these calls: products are of
-    /// f32, or of bf16 in variants for it.
+    /// The instructions that bound a variant's arithmetic: products of f32, or of bf16 in variants for it; of 8-bit
+    /// integers in calls that allow them.
     fn unit(&self, variant: &Variant<Self::Op>) -> Unit {
         if variant.isa().name() == "avx512bf16" {
             Unit::Bf16
@@ -81,6 +82,15 @@ fn repeated(rows: usize, made: usize, draw: impl FnOnce(usize) -> Vec<u8>) -> Ve
     let some = draw(made);
     let size = some.len() / made;
     (0..rows).step_by(made).flat_map(|at| &some[..size * made.min(rows - at)]).copied().collect()
+}
+
+/// The instructions for weights and activations of this form.
+fn unit(form: Form, isa: Isa) -> Unit {
+    if form.is_q8() && isa.name() == "avx512vnni" {
+        Unit::Int8
+    } else {
+        Unit::F32
+    }
 }
 
 /// Blocks that `n` elements of a type are, at least one.

@@ -1,12 +1,15 @@
 //! The sparse feed-forward, step by step.
 
-use super::{blocks, reference, repeated, Timed, Work, SEED};
+use super::{unit, blocks, reference, repeated, Timed, Work, SEED};
 use crate::buffer::Layout;
 use crate::cases::moe::{Case, Crowd, GroupCase, Logits, MoeDown, MoeGroup, MoeRoute, MoeUp, RouteCase};
 use crate::cases::normal;
-use crate::cases::quant::Type;
+use crate::cases::quant::{Form, Type};
 use crate::compare::{Failure, Metrics};
+use crate::guard::Guarded;
+use crate::peaks::Unit;
 use crate::suite::{rng, Rng};
+use qwen3next_kernels::activations::Rows;
 use qwen3next_kernels::moe::{down, group, route, up, Routing};
 use qwen3next_kernels::{Exec, Variant, View, ViewMut, Weight};
 use rand::seq::SliceRandom;
@@ -51,7 +54,7 @@ impl Sizes {
     }
 
     /// Few experts, and the axis that is not summed cut to one block: float64 takes its time.
-    fn case(&self, dtype: Type, sum_over_d: bool) -> Case {
+    fn case(&self, dtype: Type, form: Form, sum_over_d: bool) -> Case {
         let whole = |n| blocks(n, dtype.dtype());
         let cut = |n: usize| whole(n.min(dtype.dtype().block().max(40)));
         Case {
@@ -63,6 +66,7 @@ impl Sizes {
             up_type: dtype,
             down_type: dtype,
             merged: false,
+            form,
             layout: Layout::Packed,
             crowd: Crowd::Random,
         }
@@ -164,26 +168,32 @@ impl Timed for Group {
 pub struct Up {
     sizes: Sizes,
     dtype: Type,
+    form: Form,
     routing: Routing,
     x: Vec<f32>,
+    q8: Option<Guarded<u8>>,
     gate: Vec<u8>,
     up: Vec<u8>,
     h: Vec<f32>,
 }
 
 impl Up {
-    /// Inputs; widths are multiples of the type's block.
-    pub fn new(sizes: Sizes, dtype: Type) -> Up {
+    /// Inputs; widths are multiples of the type's block. `form` as far as the type allows it.
+    pub fn new(sizes: Sizes, dtype: Type, form: Form) -> Result<Up, Failure> {
         let mut rng = rng(SEED);
-        Up {
+        let form = form.for_weights(dtype.dtype(), sizes.f);
+        let x: Vec<f32> = (0..sizes.t * sizes.d).map(|_| rng.random_range(-1.0f32..1.0)).collect();
+        Ok(Up {
             routing: sizes.routing(&mut rng),
-            x: (0..sizes.t * sizes.d).map(|_| rng.random_range(-1.0f32..1.0)).collect(),
-            gate: sizes.experts(dtype, &mut rng),
-            up: sizes.experts(dtype, &mut rng),
+            q8: form.activations(View::new(&x, [sizes.t, sizes.d])?, dtype.dtype())?,
+            x,
+            gate: form.weights(&sizes.experts(dtype, &mut rng), dtype.dtype(), sizes.d).0,
+            up: form.weights(&sizes.experts(dtype, &mut rng), dtype.dtype(), sizes.d).0,
             h: vec![0.0; sizes.pairs() * sizes.f],
             dtype,
+            form,
             sizes,
-        }
+        })
     }
 }
 
@@ -191,15 +201,18 @@ impl Timed for Up {
     type Op = up::Op;
 
     fn judge(&self, variant: &Variant<up::Op>) -> Result<Metrics, Failure> {
-        reference::<MoeUp>(variant, &self.sizes.case(self.dtype, true))
+        reference::<MoeUp>(variant, &self.sizes.case(self.dtype, self.form, true))
     }
 
     fn run(&mut self, exec: &Exec<up::Op>) -> Result<(), Failure> {
         let Sizes { t, e, d, f, .. } = self.sizes;
-        let dtype = self.dtype.dtype();
+        let dtype = self.form.weight_type(self.dtype.dtype());
         let args = up::Args {
             h: &mut self.h,
-            x: View::new(&self.x, [t, d])?.into(),
+            x: match &self.q8 {
+                Some(bytes) => Rows::Q8(Weight::new(bytes, self.dtype.dtype().activations(), [t, d])?),
+                None => View::new(&self.x, [t, d])?.into(),
+            },
             gate: Weight::new(&self.gate, dtype, [e, f, d])?,
             up: Weight::new(&self.up, dtype, [e, f, d])?,
             routing: &self.routing,
@@ -213,6 +226,10 @@ impl Timed for Up {
         Work { ops: self.sizes.ops(2), bytes: (weights + 4 * (self.x.len() + self.h.len())) as f64 }
     }
 
+    fn unit(&self, variant: &Variant<up::Op>) -> Unit {
+        unit(self.form, variant.isa())
+    }
+
     fn output(&mut self) -> &mut [f32] {
         &mut self.h
     }
@@ -222,24 +239,30 @@ impl Timed for Up {
 pub struct Down {
     sizes: Sizes,
     dtype: Type,
+    form: Form,
     routing: Routing,
     h: Vec<f32>,
+    q8: Option<Guarded<u8>>,
     down: Vec<u8>,
     y: Vec<f32>,
 }
 
 impl Down {
-    /// Inputs; widths are multiples of the type's block.
-    pub fn new(sizes: Sizes, dtype: Type) -> Down {
+    /// Inputs; widths are multiples of the type's block. `form` as far as the type allows it.
+    pub fn new(sizes: Sizes, dtype: Type, form: Form) -> Result<Down, Failure> {
         let mut rng = rng(SEED);
-        Down {
+        let form = form.for_weights(dtype.dtype(), sizes.d);
+        let h: Vec<f32> = (0..sizes.pairs() * sizes.f).map(|_| rng.random_range(-1.0f32..1.0)).collect();
+        Ok(Down {
             routing: sizes.routing(&mut rng),
-            h: (0..sizes.pairs() * sizes.f).map(|_| rng.random_range(-1.0f32..1.0)).collect(),
-            down: sizes.experts(dtype, &mut rng),
+            q8: form.activations(View::new(&h, [sizes.pairs(), sizes.f])?, dtype.dtype())?,
+            h,
+            down: form.weights(&sizes.experts(dtype, &mut rng), dtype.dtype(), sizes.f).0,
             y: vec![0.0; sizes.t * sizes.d],
             dtype,
+            form,
             sizes,
-        }
+        })
     }
 }
 
@@ -247,15 +270,18 @@ impl Timed for Down {
     type Op = down::Op;
 
     fn judge(&self, variant: &Variant<down::Op>) -> Result<Metrics, Failure> {
-        reference::<MoeDown>(variant, &self.sizes.case(self.dtype, false))
+        reference::<MoeDown>(variant, &self.sizes.case(self.dtype, self.form, false))
     }
 
     fn run(&mut self, exec: &Exec<down::Op>) -> Result<(), Failure> {
         let Sizes { t, e, d, f, .. } = self.sizes;
         let args = down::Args {
             y: ViewMut::new(&mut self.y, [t, d])?,
-            h: View::new(&self.h, [self.sizes.pairs(), f])?.into(),
-            down: Weight::new(&self.down, self.dtype.dtype(), [e, d, f])?,
+            h: match &self.q8 {
+                Some(bytes) => Rows::Q8(Weight::new(bytes, self.dtype.dtype().activations(), [self.sizes.pairs(), f])?),
+                None => View::new(&self.h, [self.sizes.pairs(), f])?.into(),
+            },
+            down: Weight::new(&self.down, self.form.weight_type(self.dtype.dtype()), [e, d, f])?,
             routing: &self.routing,
             accumulate: false,
         };
@@ -266,6 +292,10 @@ impl Timed for Down {
     fn work(&self) -> Work {
         let weights = self.down.len() / self.sizes.e * self.sizes.touched(&self.routing);
         Work { ops: self.sizes.ops(1), bytes: (weights + 4 * (self.h.len() + self.y.len())) as f64 }
+    }
+
+    fn unit(&self, variant: &Variant<down::Op>) -> Unit {
+        unit(self.form, variant.isa())
     }
 
     fn output(&mut self) -> &mut [f32] {

@@ -1,0 +1,164 @@
+//! The keys or the values of a layer, in one of the types that attention reads.
+
+use crate::config::Config;
+use crate::error::Error;
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use qwen3next_kernels::attention::{Kv, Q8_0};
+use qwen3next_kernels::quant::quantize;
+use qwen3next_kernels::{DType, Exec, View};
+use std::ops::Range;
+
+/// Types of the KV caches: f32 (exact), f16, bf16, or q8_0 (blocks of 32 channels).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheTypes {
+    /// Of the keys.
+    pub k: DType,
+    /// Of the values: attention wants that of the keys.
+    pub v: DType,
+}
+
+impl Default for CacheTypes {
+    fn default() -> Self {
+        CacheTypes { k: DType::F32, v: DType::F32 }
+    }
+}
+
+impl CacheTypes {
+    /// What a cache may be of.
+    pub const ALL: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::Q8_0];
+
+    /// Caches of this model can be of these types.
+    pub(crate) fn expect(self, config: &Config) -> Result<(), Error> {
+        let d = config.attention.head_dim;
+        if let Some(other) = [self.k, self.v].into_iter().find(|t| !Self::ALL.contains(t)) {
+            return Err(Error::argument("cache type", format!("is {other}, expected f32, f16, bf16 or q8_0")));
+        }
+        if self.k != self.v {
+            let why = format!("is {} for keys and {} for values, expected one type for both", self.k, self.v);
+            return Err(Error::argument("cache type", why));
+        }
+        if self.k == DType::Q8_0 && d % 32 != 0 {
+            let why = format!("q8_0 holds blocks of 32 channels, the model's heads have {d}");
+            return Err(Error::argument("cache type", why));
+        }
+        Ok(())
+    }
+
+    /// Bytes that one token takes in all layers; `None` where the model's caches cannot be of these types.
+    pub fn bytes_per_token(self, config: &Config) -> Option<usize> {
+        self.expect(config).ok()?;
+        self.k.bytes(config.kv_elements())
+    }
+}
+
+/// Elements one after the other.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Rows {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+    Q8_0(Vec<Q8_0>),
+}
+
+impl Rows {
+    /// `n` zeros, a whole number of blocks. Fresh zero pages: a long context takes memory as it fills, not at once.
+    pub(crate) fn zeros(dtype: DType, n: usize) -> Result<Rows, Error> {
+        fn room<T>(n: usize) -> Result<(), Error> {
+            Vec::<T>::new().try_reserve_exact(n).map_err(|_| {
+                let bytes = n.saturating_mul(size_of::<T>());
+                Error::argument("context", format!("no memory for {bytes} bytes of cache in one layer"))
+            })
+        }
+        Ok(match dtype {
+            DType::F16 => {
+                room::<u16>(n)?;
+                Rows::F16(vec![0u16; n].reinterpret_into())
+            }
+            DType::BF16 => {
+                room::<u16>(n)?;
+                Rows::BF16(vec![0u16; n].reinterpret_into())
+            }
+            DType::Q8_0 => {
+                room::<Q8_0>(n / 32)?;
+                Rows::Q8_0(vec![[0; 34]; n / 32])
+            }
+            _ => {
+                room::<f32>(n)?;
+                Rows::F32(vec![0.0; n])
+            }
+        })
+    }
+
+    /// Elements.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Rows::F32(x) => x.len(),
+            Rows::F16(x) => x.len(),
+            Rows::BF16(x) => x.len(),
+            Rows::Q8_0(x) => 32 * x.len(),
+        }
+    }
+
+    /// Converts rows of `width` elements, which go in from element `at` on.
+    pub(crate) fn write(&mut self, at: usize, rows: &[f32], width: usize) -> Result<(), Error> {
+        let to = at..at + rows.len();
+        match self {
+            Rows::F32(x) => x[to].copy_from_slice(rows),
+            Rows::F16(x) => x[to].convert_from_f32_slice(rows),
+            Rows::BF16(x) => x[to].convert_from_f32_slice(rows),
+            Rows::Q8_0(x) => {
+                let args = quantize::Args {
+                    y: x[blocks(&to)].as_flattened_mut(),
+                    dtype: DType::Q8_0,
+                    y_row: None,
+                    x: View::new(rows, [rows.len() / width.max(1), width])?,
+                };
+                quantize::run(args, &Exec::default())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of some elements.
+    pub(crate) fn part(&self, range: Range<usize>) -> Rows {
+        match self {
+            Rows::F32(x) => Rows::F32(x[range].to_vec()),
+            Rows::F16(x) => Rows::F16(x[range].to_vec()),
+            Rows::BF16(x) => Rows::BF16(x[range].to_vec()),
+            Rows::Q8_0(x) => Rows::Q8_0(x[blocks(&range)].to_vec()),
+        }
+    }
+
+    /// Both are of one type.
+    pub(crate) fn same_type(&self, other: &Rows) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+
+    /// Puts back what [`Rows::part`] gave; the types have been compared.
+    pub(crate) fn put(&mut self, at: usize, part: &Rows) {
+        let to = at..at + part.len();
+        match (self, part) {
+            (Rows::F32(x), Rows::F32(part)) => x[to].copy_from_slice(part),
+            (Rows::F16(x), Rows::F16(part)) => x[to].copy_from_slice(part),
+            (Rows::BF16(x), Rows::BF16(part)) => x[to].copy_from_slice(part),
+            (Rows::Q8_0(x), Rows::Q8_0(part)) => x[blocks(&to)].copy_from_slice(part),
+            _ => unreachable!("types were compared"),
+        }
+    }
+
+    /// As attention takes them, `[slots][S][HKV][D]`.
+    pub(crate) fn view(&self, [slots, s, hkv, d]: [usize; 4]) -> Result<Kv<'_>, Error> {
+        let shape = [slots, s, hkv, d];
+        Ok(match self {
+            Rows::F32(x) => Kv::F32(View::new(x, shape)?),
+            Rows::F16(x) => Kv::F16(View::new(x, shape)?),
+            Rows::BF16(x) => Kv::BF16(View::new(x, shape)?),
+            Rows::Q8_0(x) => Kv::Q8_0(View::new(x, [slots, s, hkv, d / 32])?),
+        })
+    }
+}
+
+fn blocks(elements: &Range<usize>) -> Range<usize> {
+    elements.start / 32..elements.end / 32
+}
