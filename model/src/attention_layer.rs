@@ -9,6 +9,7 @@ use qwen3next_kernels::attention;
 use qwen3next_kernels::{norm, rope, Exec, View, ViewMut};
 
 /// x += layer(normed). `keys` and `values` are the caches, `[slots][S][HKV][D]`.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn add(
     config: &Config,
     w: &Attention,
