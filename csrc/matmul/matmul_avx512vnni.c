@@ -21,7 +21,7 @@ q3n_status q3n_matmul_avx512vnni(const q3n_matmul_args *a, int64_t begin, int64_
       const uint8_t *x[Q3N_Q8_TOKENS];
       float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
       for (int64_t t = 0; t < tokens; t++) x[t] = q3n_element(a->x, a->x_dtype, (m + t) * a->x_m);
-      q3n_q8_tile_avx512vnni(type, tokens)(y, w.group[0], w.group[1], x, blocks, next);
+      q3n_q8_tile_avx512vnni(type, tokens)(y, w.group[0], w.group[1], x, blocks, m + tokens < a->M ? w.group[0] : next);
       for (int64_t t = 0; t < tokens; t++)
         memcpy(a->y + (m + t) * a->y_m + first, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);
     }

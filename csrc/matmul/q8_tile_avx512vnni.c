@@ -30,9 +30,10 @@ static inline float float_at(const uint8_t *p) {
   return f;
 }
 
-/* Brings line `line` of what comes next closer: the hardware stops at every page, weights do not. */
+/* Brings line `line` of what comes next closer: the hardware stops at every page, weights do not. By hand, because
+   gcc drops the intrinsic from loops that it unrolls. */
 static inline void fetch(const uint8_t *next, int64_t line) {
-  _mm_prefetch((const char *)next + 64 * line, _MM_HINT_T0);
+  __asm__ volatile("prefetcht0 %0" : : "m"(next[64 * line]));
 }
 
 /* Sixteen f16 values. */

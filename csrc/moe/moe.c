@@ -168,10 +168,13 @@ int64_t q3n_moe_up_tile_scratch(const q3n_moe_up_args *a) {
   return q3n_moe_rows_bytes(2 * Q3N_TILE_ROWS + Q3N_F32_TOKENS, a->D);
 }
 
-int64_t q3n_moe_down_tile_items(const q3n_moe_down_args *a) { return a->T ? q3n_ceil_div(a->D, Q3N_TILE_ROWS) : 0; }
+int64_t q3n_moe_down_tile_items(const q3n_moe_down_args *a) {
+  return a->T ? q3n_ceil_div(a->D, Q3N_MOE_DOWN_ROWS) : 0;
+}
 
 int64_t q3n_moe_down_tile_scratch(const q3n_moe_down_args *a) {
-  return q3n_moe_rows_bytes(Q3N_TILE_ROWS + Q3N_F32_TOKENS, a->F) + q3n_moe_rows_bytes(Q3N_TILE_ROWS, a->T * a->top_k);
+  return q3n_moe_rows_bytes(Q3N_TILE_ROWS + Q3N_F32_TOKENS, a->F) +
+         q3n_moe_rows_bytes(Q3N_MOE_DOWN_ROWS, a->T * a->top_k);
 }
 
 #include "moe.inc"

@@ -37,25 +37,28 @@ q3n_status q3n_moe_down_avx512(const q3n_moe_down_args *a, int64_t begin, int64_
   float *rows = scratch, *decoded = rows + Q3N_TILE_ROWS * a->F;
   float *dots = rows + q3n_moe_rows_bytes(Q3N_TILE_ROWS + Q3N_F32_TOKENS, a->F) / (int64_t)sizeof(float);
   for (int64_t item = begin; item < end; item++) {
-    const int64_t first = item * Q3N_TILE_ROWS;
-    const int64_t count = a->D - first < Q3N_TILE_ROWS ? a->D - first : Q3N_TILE_ROWS;
+    const int64_t first = item * Q3N_MOE_DOWN_ROWS;
+    const int64_t all = a->D - first < Q3N_MOE_DOWN_ROWS ? a->D - first : Q3N_MOE_DOWN_ROWS;
     for (int64_t e = 0; e < a->E; e++) {
       const int64_t from = a->offsets[e], to = a->offsets[e + 1];
-      if (from == to) continue;
-      const float *down[Q3N_TILE_ROWS];
-      q3n_tile_rows(down, count, q3n_element(a->down, a->dtype, e * a->down_e), a->dtype, first, a->down_d, a->F, rows);
-      for (int64_t i = from; i < to; i += Q3N_F32_TOKENS) {
-        const int64_t tokens = to - i < Q3N_F32_TOKENS ? to - i : Q3N_F32_TOKENS;
-        const float *h[Q3N_F32_TOKENS];
-        float y[Q3N_F32_TOKENS * Q3N_TILE_ROWS];
-        for (int64_t t = 0; t < tokens; t++)
-          h[t] = q3n_floats(a->h, a->h_dtype, a->order[i + t] * a->F, a->F, decoded + t * a->F);
-        q3n_f32_tiles(y, down, count, h, a->F, tokens);
-        for (int64_t t = 0; t < tokens; t++)
-          memcpy(dots + a->order[i + t] * Q3N_TILE_ROWS, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);
+      for (int64_t r = 0; r < all && from < to; r += Q3N_TILE_ROWS) {
+        const int64_t count = all - r < Q3N_TILE_ROWS ? all - r : Q3N_TILE_ROWS;
+        const float *down[Q3N_TILE_ROWS];
+        q3n_tile_rows(down, count, q3n_element(a->down, a->dtype, e * a->down_e), a->dtype, first + r, a->down_d, a->F,
+                      rows);
+        for (int64_t i = from; i < to; i += Q3N_F32_TOKENS) {
+          const int64_t tokens = to - i < Q3N_F32_TOKENS ? to - i : Q3N_F32_TOKENS;
+          const float *h[Q3N_F32_TOKENS];
+          float y[Q3N_F32_TOKENS * Q3N_TILE_ROWS];
+          for (int64_t t = 0; t < tokens; t++)
+            h[t] = q3n_floats(a->h, a->h_dtype, a->order[i + t] * a->F, a->F, decoded + t * a->F);
+          q3n_f32_tiles(y, down, count, h, a->F, tokens);
+          for (int64_t t = 0; t < tokens; t++)
+            memcpy(dots + a->order[i + t] * Q3N_MOE_DOWN_ROWS + r, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);
+        }
       }
     }
-    q3n_moe_combine(a, dots, first, count);
+    q3n_moe_combine(a, dots, first, all);
   }
   return Q3N_OK;
 }

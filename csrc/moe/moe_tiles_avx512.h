@@ -21,7 +21,7 @@ static inline void q3n_moe_swiglu(float *h, const float *gate, const float *up, 
   }
 }
 
-/* y of rows first .. first + count - 1 from the dots of all pairs, [T * top_k][Q3N_TILE_ROWS]: a token's choices are
+/* y of rows first .. first + count - 1 from the dots of all pairs, [T * top_k][Q3N_MOE_DOWN_ROWS]: a token's choices are
    added in their own order. */
 static inline void q3n_moe_combine(const q3n_moe_down_args *a, const float *dots, int64_t first, int64_t count) {
   for (int64_t t = 0; t < a->T; t++)
@@ -30,7 +30,7 @@ static inline void q3n_moe_combine(const q3n_moe_down_args *a, const float *dots
       __m512 sum = _mm512_setzero_ps();
       for (int64_t pair = t * a->top_k; pair < (t + 1) * a->top_k; pair++) {
         const __m512 weight = _mm512_set1_ps(a->weights ? a->weights[pair] : 1.0f);
-        sum = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(mask, dots + pair * Q3N_TILE_ROWS + r), sum);
+        sum = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(mask, dots + pair * Q3N_MOE_DOWN_ROWS + r), sum);
       }
       float *y = a->y + t * a->y_t + first + r;
       if (a->accumulate) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), sum);

@@ -33,12 +33,14 @@ pub(crate) fn add(
     project(&w.ba, &input, &mut ba)?;
     input.give(buffers);
 
-    let mut mixed = buffers.take(t * channels);
+    // Rows a power of two apart fall into the same sets of every cache: a line between them parts them.
+    let row = channels + 16;
+    let mut mixed = buffers.take(t * row);
     let mut window_steps = vec![0.0f32; steps.len() * channels * window];
     let slots = windows.len() / (channels * window).max(1);
     causal_conv::run(
         causal_conv::Args {
-            y: ViewMut::new(&mut mixed, [1, t, channels])?,
+            y: ViewMut::strided(&mut mixed, [1, t, channels], [t * row, row, 1])?,
             x: View::new(&qkv, [1, t, channels])?,
             w: View::new(&w.conv, [channels, d.conv_width])?,
             bias: None,
@@ -74,9 +76,9 @@ pub(crate) fn add(
                 pool: ViewMut::new(states, [slots, hv, vd, kd])?,
                 slots: Some(&packed.slots),
             },
-            q: View::strided(&mixed, [1, t, hk, kd], [t * channels, channels, kd, 1])?,
-            k: View::strided(&mixed[keys..], [1, t, hk, kd], [t * channels, channels, kd, 1])?,
-            v: View::strided(&mixed[2 * keys..], [1, t, hv, vd], [t * channels, channels, vd, 1])?,
+            q: View::strided(&mixed, [1, t, hk, kd], [t * row, row, kd, 1])?,
+            k: View::strided(&mixed[keys..], [1, t, hk, kd], [t * row, row, kd, 1])?,
+            v: View::strided(&mixed[2 * keys..], [1, t, hv, vd], [t * row, row, vd, 1])?,
             gate: Gate::Scalar(LogDecay::unchecked(View::new(&g, [1, t, hv])?)),
             beta: View::new(&beta, [1, t, hv])?,
             cu_seqlens: Some(&packed.cu_seqlens),

@@ -404,7 +404,7 @@ impl Args {
         form: &str,
         tokens: &[usize],
         dtypes: &[&str],
-        make: fn(moe::Sizes, &str) -> anyhow::Result<T>,
+        make: impl Fn(moe::Sizes, &str) -> anyhow::Result<T> + Copy + 'static,
     ) -> anyhow::Result<Vec<Point<T>>> {
         self.no_heads()?;
         let full = form.contains(':');
