@@ -15,8 +15,16 @@ fn bench(c: &mut Criterion) {
         common::variants(c, &format!("moe_group/512/top10/t{t}"), Group::new(all));
         let some = Sizes { e: 64, ..all };
         for dtype in [Type::Q4K, Type::Q8] {
-            common::variants(c, &format!("moe_up/64x512x2048/top10/t{t}/{dtype}"), Up::new(some, dtype, Form::Q8R16).expect("whole blocks"));
-            common::variants(c, &format!("moe_down/64x512x2048/top10/t{t}/{dtype}"), Down::new(some, dtype, Form::Q8R16).expect("whole blocks"));
+            common::variants(
+                c,
+                &format!("moe_up/64x512x2048/top10/t{t}/{dtype}"),
+                Up::new(some, dtype, Form::Q8R16).expect("whole blocks"),
+            );
+            common::variants(
+                c,
+                &format!("moe_down/64x512x2048/top10/t{t}/{dtype}"),
+                Down::new(some, dtype, Form::Q8R16).expect("whole blocks"),
+            );
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Y = X Wᵀ with quantised W (`csrc/matmul/matmul.h`).
 
-use crate::operator::{operator, Exec};
 use crate::activations::Rows;
+use crate::operator::{operator, Exec};
 use crate::{ffi, Error, ViewMut, Weight};
 
 operator!(

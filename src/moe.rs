@@ -28,7 +28,7 @@
 //! # Ok::<(), qwen3next_kernels::Error>(())
 //! ```
 
-use crate::activations::{self, Q8, Rows};
+use crate::activations::{self, Rows, Q8};
 use crate::{DType, Error, Exec, View, ViewMut, Weight};
 
 /// Which tokens go to which experts, with which weights. Made only by the router or from checked ids, so the
@@ -310,8 +310,8 @@ pub mod group {
 /// Gate and up projections with SwiGLU.
 pub mod up {
     use super::Routing;
-    use crate::operator::{operator, Exec};
     use crate::activations::Rows;
+    use crate::operator::{operator, Exec};
     use crate::{ffi, Error, Weight};
 
     operator!(
@@ -379,8 +379,8 @@ pub mod up {
 /// Down projection with the weighted sum over a token's experts.
 pub mod down {
     use super::Routing;
-    use crate::operator::{operator, Exec};
     use crate::activations::Rows;
+    use crate::operator::{operator, Exec};
     use crate::{ffi, Error, ViewMut, Weight};
 
     operator!(

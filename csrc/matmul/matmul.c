@@ -27,7 +27,7 @@ q3n_status q3n_matmul_check(const q3n_matmul_args *a) {
 
   Q3N_REFUSE(!a->y, NULL, Y);
   Q3N_REFUSE(nx > 0 && !a->x, NULL, X);
-  Q3N_REFUSE((uintptr_t)a->x % 4, VALUE, X);
+  Q3N_REFUSE(nx > 0 && (uintptr_t)a->x % 4, VALUE, X);
   Q3N_REFUSE(nw > 0 && !a->w, NULL, W);
   Q3N_REFUSE(q3n_overlap(a->y, ny * 4, a->x, q3n_dtype_bytes(a->x_dtype, nx)), ALIAS, Y);
   Q3N_REFUSE(q3n_overlap(a->y, ny * 4, a->w, q3n_dtype_bytes(a->dtype, nw)), ALIAS, Y);

@@ -13,7 +13,7 @@
 typedef struct q3n_matmul_args {
   uint64_t struct_bytes; /* sizeof(q3n_matmul_args) */
   float *y;              /* [M][N]; must not overlap an input */
-  const void *x;         /* [M][K] of x_dtype; 4-byte aligned */
+  const void *x;         /* [M][K] of x_dtype; 4-byte aligned where not empty */
   const void *w;         /* [N][K] of dtype */
   q3n_dtype dtype;       /* of w; with Q3N_R16: N a multiple of 16 and w_n = K */
   q3n_dtype x_dtype;     /* Q3N_F32 or q3n_dtype_activations(dtype) */

@@ -87,7 +87,7 @@ q3n_status q3n_moe_up_check(const q3n_moe_up_args *a) {
 
   Q3N_REFUSE(!a->h, NULL, HIDDEN);
   Q3N_REFUSE(nx > 0 && !a->x, NULL, X);
-  Q3N_REFUSE((uintptr_t)a->x % 4, VALUE, X);
+  Q3N_REFUSE(nx > 0 && (uintptr_t)a->x % 4, VALUE, X);
   Q3N_REFUSE(ngate > 0 && !a->gate, NULL, GATE);
   Q3N_REFUSE(nup > 0 && !a->up, NULL, UP);
   Q3N_REFUSE(!a->order, NULL, ORDER);
@@ -121,7 +121,7 @@ q3n_status q3n_moe_down_check(const q3n_moe_down_args *a) {
 
   Q3N_REFUSE(!a->y, NULL, Y);
   Q3N_REFUSE(nh > 0 && !a->h, NULL, HIDDEN);
-  Q3N_REFUSE((uintptr_t)a->h % 4, VALUE, HIDDEN);
+  Q3N_REFUSE(nh > 0 && (uintptr_t)a->h % 4, VALUE, HIDDEN);
   Q3N_REFUSE(ndown > 0 && pairs > 0 && !a->down, NULL, DOWN);
   Q3N_REFUSE(pairs > 0 && !a->order, NULL, ORDER);
   Q3N_REFUSE(!a->offsets, NULL, OFFSETS);

@@ -47,7 +47,7 @@ Q3N_DECLARE_OPERATOR(moe_group);
 typedef struct q3n_moe_up_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_up_args) */
   float *h;              /* [T * top_k][F], contiguous */
-  const void *x;         /* [T][D] of x_dtype; 4-byte aligned */
+  const void *x;         /* [T][D] of x_dtype; 4-byte aligned where not empty */
   const void *gate;      /* [E][F][D] of gate_dtype; in merged gate_up tensors gate and up point into one tensor */
   const void *up;        /* [E][F][D] of up_dtype */
   const int64_t *order;  /* from group */
@@ -67,7 +67,7 @@ Q3N_DECLARE_OPERATOR(moe_up);
 typedef struct q3n_moe_down_args {
   uint64_t struct_bytes; /* sizeof(q3n_moe_down_args) */
   float *y;              /* [T][D] */
-  const void *h;         /* [T * top_k][F] of h_dtype, contiguous; 4-byte aligned */
+  const void *h;         /* [T * top_k][F] of h_dtype, contiguous; 4-byte aligned where not empty */
   const float *weights;  /* [T][top_k], contiguous; NULL: 1 */
   const void *down;      /* [E][D][F] of dtype */
   const int64_t *order;  /* from group */

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::weights::Tensor;
-use qwen3next_kernels::activations::{Q8, Rows};
+use qwen3next_kernels::activations::{Rows, Q8};
 use qwen3next_kernels::{gated_delta, matmul, moe, norm, DType, Exec, View, ViewMut, Weight};
 use rayon::prelude::*;
 
@@ -19,7 +19,9 @@ impl Buffers {
     /// `n` floats with any contents.
     pub fn take(&mut self, n: usize) -> Vec<f32> {
         // The smallest that is large enough, else the largest.
-        let fits = (0..self.floats.len()).filter(|&i| self.floats[i].capacity() >= n).min_by_key(|&i| self.floats[i].capacity());
+        let fits = (0..self.floats.len())
+            .filter(|&i| self.floats[i].capacity() >= n)
+            .min_by_key(|&i| self.floats[i].capacity());
         let best = fits.or_else(|| (0..self.floats.len()).max_by_key(|&i| self.floats[i].capacity()));
         let mut buffer = best.map(|i| self.floats.swap_remove(i)).unwrap_or_default();
         buffer.resize(n, 0.0);

@@ -226,7 +226,8 @@ impl Tensor {
     /// The same weights with every 16 rows interleaved, in memory of their own; `None` where the type or the number of
     /// rows does not allow it. Errors of the operator cannot happen for a tensor that exists.
     pub fn interleaved(&self) -> Option<Tensor> {
-        let dtype = self.dtype.interleaved().filter(|_| !self.dtype.is_interleaved() && self.rows % repack::GROUP == 0)?;
+        let dtype =
+            self.dtype.interleaved().filter(|_| !self.dtype.is_interleaved() && self.rows % repack::GROUP == 0)?;
         let shape = [self.experts * self.rows, self.cols];
         let matrix = self.rows * self.cols;
         Tensor::owned(dtype, self.shape(), |y| {

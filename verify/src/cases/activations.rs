@@ -131,7 +131,9 @@ fn against_reference(variant: &Variant<Op>, case: &Case, seed: u64) -> Outcome {
         for (first, n, sum) in sums {
             let want: i32 = q[first..first + n].iter().map(|&q| i32::from(q)).sum();
             if sum != want {
-                return Err(Failure::new(format!("block {i}: the sum of {n} values from {first} is {sum}, not {want}")));
+                return Err(Failure::new(format!(
+                    "block {i}: the sum of {n} values from {first} is {sum}, not {want}"
+                )));
             }
         }
         metrics.rows += 1;

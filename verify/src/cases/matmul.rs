@@ -123,7 +123,8 @@ pub fn against_reference(variant: &Variant<matmul::Op>, case: &Case, seed: u64) 
     let w = ArrayView2::from_shape((case.n, case.k()), &w).expect("n × k");
     let sizes = ArrayView2::from_shape((case.n, case.k()), &sizes).expect("n × k");
     let underflow = 2f64.powi(if q8.is_some() { -119 } else { -149 });
-    let bound: Vec<f64> = reference::abs_matmul(x, sizes).iter().map(|s| gamma(k + 1) * s + k as f64 * underflow).collect();
+    let bound: Vec<f64> =
+        reference::abs_matmul(x, sizes).iter().map(|s| gamma(k + 1) * s + k as f64 * underflow).collect();
     compare("y", &got, reference::matmul(x, w).as_slice().expect("packed"), &bound, case.n).map(Some)
 }
 
@@ -240,15 +241,8 @@ impl Suite for Matmul {
                 let (layout, regime) = (Layout::ALL[c % 2], Regime::ALL[c % 3]);
                 grid.push(Case { dtype, m, n, blocks, form: Form::F32, layout, regime });
             }
-            let plain = Case {
-                dtype,
-                m: 2,
-                n: 3,
-                blocks: 0,
-                form: Form::F32,
-                layout: Layout::Packed,
-                regime: Regime::Mild,
-            };
+            let plain =
+                Case { dtype, m: 2, n: 3, blocks: 0, form: Form::F32, layout: Layout::Packed, regime: Regime::Mild };
             grid.push(plain.clone());
             let long = Case { m: 1, n: 24, blocks: 2048 / block, regime: Regime::Outlier, ..plain.clone() };
             grid.push(long.clone());
@@ -257,9 +251,10 @@ impl Suite for Matmul {
             }
             // Every tile of tokens, one and two groups of rows, groups cut short.
             for (j, &form) in Form::ALL.iter().enumerate().skip(1) {
-                for (c, (m, n)) in [(1, 16), (2, 32), (3, 48), (4, 17), (5, 16), (7, 33), (8, 15), (10, 64), (29, 31), (0, 16)]
-                    .into_iter()
-                    .enumerate()
+                for (c, (m, n)) in
+                    [(1, 16), (2, 32), (3, 48), (4, 17), (5, 16), (7, 33), (8, 15), (10, 64), (29, 31), (0, 16)]
+                        .into_iter()
+                        .enumerate()
                 {
                     let n = if form.is_interleaved() { usize::div_ceil(n, 16) * 16 } else { n };
                     let (layout, regime) = (Layout::ALL[c % 2], Regime::ALL[(i + c) % 3]);

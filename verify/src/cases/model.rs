@@ -221,7 +221,8 @@ fn ubatches(subject: &Subject) -> Outcome {
     for mode in 0..3 {
         let fused_delta = FusedDelta::from_number(mode).expect("three modes");
         for ubatch in [1, 2, 3, 7, 63, 64, 65, 127, 512] {
-            let got = all_logits(&model, tokens, &forward::Options { ubatch, fused_delta, ..forward::Options::default() })?;
+            let got =
+                all_logits(&model, tokens, &forward::Options { ubatch, fused_delta, ..forward::Options::default() })?;
             let what = format!("ubatch {ubatch}, mode {mode}");
             worst = worst.worst(within(&what, &got, &whole, model.config().vocab, REORDERED)?);
         }

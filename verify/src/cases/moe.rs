@@ -517,7 +517,10 @@ pub fn up_reference(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
     let (h, _) = feed(execs, case, &inputs)?;
     let (d, f) = (case.d(), case.f());
-    let q8 = case.form.for_weights(case.up_type.dtype(), f).activations(View::new(&inputs.x, [case.t, d])?, case.up_type.dtype())?;
+    let q8 = case
+        .form
+        .for_weights(case.up_type.dtype(), f)
+        .activations(View::new(&inputs.x, [case.t, d])?, case.up_type.dtype())?;
     let x = q8.as_ref().map_or_else(|| wide(&inputs.x), |q| wide(&decode_q8(case.up_type.dtype().activations(), q)));
     let decode = |bytes: &[u8]| quant::dequantize(case.up_type.dtype(), bytes);
     let (gate, up) = (decode(&inputs.gate), decode(&inputs.up));
@@ -558,11 +561,13 @@ pub fn down_reference(execs: &Execs, case: &Case, seed: u64) -> Outcome {
     let h = q8.as_ref().map_or_else(|| wide(&h), |q| wide(&decode_q8(dtype.activations(), q)));
     let weights = wide(inputs.weights.as_deref().expect("generated"));
     let down = quant::dequantize(case.down_type.dtype(), &inputs.down);
-    let (abs_h, abs_down): (Vec<f64>, Vec<f64>) =
-        (h.iter().map(|v| v.abs()).collect(), match q8 {
+    let (abs_h, abs_down): (Vec<f64>, Vec<f64>) = (
+        h.iter().map(|v| v.abs()).collect(),
+        match q8 {
             Some(_) => magnitudes(case.down_type, &inputs.down),
             None => down.iter().map(|v| v.abs()).collect(),
-        });
+        },
+    );
     let (mut want, mut bound) = (Vec::new(), Vec::new());
     for t in 0..case.t {
         let combine = |down: &[f64], h: &[f64]| {
@@ -826,7 +831,8 @@ fn grid() -> Vec<Case> {
     for (i, up_type) in typed.enumerate() {
         let block = up_type.dtype().block();
         for (j, &form) in Form::ALL.iter().enumerate().skip(1) {
-            let down_type = if block == 32 { [Type::Q8, Type::Q4][j % 2] } else { [Type::Q4K, Type::Q6K, Type::Q5K][j % 3] };
+            let down_type =
+                if block == 32 { [Type::Q8, Type::Q4][j % 2] } else { [Type::Q4K, Type::Q6K, Type::Q5K][j % 3] };
             grid.push(Case {
                 t: [1, 9, 23, 40][(i + j) % 4],
                 e: 3,

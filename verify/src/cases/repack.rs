@@ -1,8 +1,8 @@
 //! Interleaved rows: every byte where csrc/quant/repack.h says.
 
 use crate::buffer::{zones, Layout};
-use crate::cases::quant::{interleave, Blocks, Type};
 use crate::case;
+use crate::cases::quant::{interleave, Blocks, Type};
 use crate::compare::{Failure, Metrics};
 use crate::guard::Guarded;
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};

@@ -1,6 +1,6 @@
 //! Y = X Wᵀ.
 
-use super::{unit, blocks, reference, repeated, Timed, Work, SEED};
+use super::{blocks, reference, repeated, unit, Timed, Work, SEED};
 use crate::buffer::Layout;
 use crate::cases::matmul::{Case, Matmul as Suite, Regime};
 use crate::cases::quant::{Form, Type};

@@ -1,6 +1,6 @@
 //! The sparse feed-forward, step by step.
 
-use super::{unit, blocks, reference, repeated, Timed, Work, SEED};
+use super::{blocks, reference, repeated, unit, Timed, Work, SEED};
 use crate::buffer::Layout;
 use crate::cases::moe::{Case, Crowd, GroupCase, Logits, MoeDown, MoeGroup, MoeRoute, MoeUp, RouteCase};
 use crate::cases::normal;
