@@ -11,7 +11,7 @@
 
 #include "../../csrc/q3n.h"
 
-enum { THREADS = 8, MAX_OUTPUTS = 4, MAX_ARRAYS = 256 };
+enum { THREADS = 8, MAX_OUTPUTS = 4, MAX_ARRAYS = 1024 };
 
 static void *arrays[MAX_ARRAYS];
 static int array_count, failures;
@@ -61,6 +61,25 @@ static void *weights(q3n_dtype dtype, int64_t rows, int64_t n) {
   q3n_quantize_args args = {.struct_bytes = sizeof args, .y = y, .x = floats(rows * n, -1, 1), .dtype = dtype,
                             .y_row = n, .x_row = n, .rows = rows, .N = n};
   if (q3n_quantize_run(NULL, &args, 0, rows, NULL, 0) != Q3N_OK) give_up("quantize refused its args");
+  return y;
+}
+
+/* rows of n 8-bit activations for weights of a block dtype, made by the quantiser under test. */
+static void *eights(q3n_dtype dtype, int64_t rows, int64_t n) {
+  const q3n_dtype type = q3n_dtype_activations(dtype);
+  void *y = take(rows * q3n_dtype_bytes(type, n));
+  q3n_activations_args args = {.struct_bytes = sizeof args, .y = y, .x = floats(rows * n, -1, 1), .dtype = type,
+                               .x_row = n, .rows = rows, .N = n};
+  if (q3n_activations_run(NULL, &args, 0, rows, NULL, 0) != Q3N_OK) give_up("activations refused its args");
+  return y;
+}
+
+/* As weights, with every 16 rows interleaved. */
+static void *interleaved(q3n_dtype dtype, int64_t rows, int64_t n) {
+  void *y = take(rows * q3n_dtype_bytes(dtype, n));
+  q3n_repack_args args = {.struct_bytes = sizeof args, .y = y, .x = weights(dtype, rows, n), .dtype = dtype,
+                          .x_row = n, .rows = rows, .N = n};
+  if (q3n_repack_run(NULL, &args, 0, rows / 16, NULL, 0) != Q3N_OK) give_up("repack refused its args");
   return y;
 }
 
@@ -179,6 +198,8 @@ RUN(attention)
 RUN(attention_merge)
 RUN(dequantize)
 RUN(quantize)
+RUN(activations)
+RUN(repack)
 RUN(matmul)
 RUN(moe_route)
 RUN(moe_group)
@@ -300,17 +321,37 @@ static void quant(void) {
     q3n_dequantize_args decode = {.struct_bytes = sizeof decode, .y = y, .x = weights(dtype, ROWS, N),
                                   .dtype = dtype, .y_row = N, .x_row = N, .rows = ROWS, .N = N};
     run_dequantize(&decode, OUTPUTS(F32(y, ROWS * N)));
+    if (q3n_dtype_block(dtype) == 1) continue;
+
+    const q3n_dtype type = q3n_dtype_activations(dtype);
+    const int64_t eight_bytes = ROWS * q3n_dtype_bytes(type, N), group_bytes = 48 * q3n_dtype_bytes(dtype, N);
+    void *rows = take(eight_bytes), *groups = take(group_bytes);
+    q3n_activations_args eight = {.struct_bytes = sizeof eight, .y = rows, .x = floats(ROWS * N, -2, 2), .dtype = type,
+                                  .x_row = N, .rows = ROWS, .N = N};
+    run_activations(&eight, OUTPUTS({rows, eight_bytes}));
+    q3n_repack_args repack = {.struct_bytes = sizeof repack, .y = groups, .x = weights(dtype, 48, N), .dtype = dtype,
+                              .x_row = N, .rows = 48, .N = N};
+    run_repack(&repack, OUTPUTS({groups, group_bytes}));
   }
 }
 
 static void matmul(void) {
-  enum { M = 9, N = 37, K = 256 };
+  enum { M = 9, N = 37, GROUPED = 32, K = 256 };
   for (int i = 0; i < TYPES; i++) {
     float *y = room(M * N);
     q3n_matmul_args args = {.struct_bytes = sizeof args, .y = y, .x = floats(M * K, -1, 1),
                             .w = weights(all_types[i], N, K), .dtype = all_types[i],
                             .y_m = N, .x_m = K, .w_n = K, .M = M, .N = N, .K = K};
     run_matmul(&args, OUTPUTS(F32(y, M * N)));
+    if (q3n_dtype_block(all_types[i]) == 1) continue;
+
+    args.x = eights(all_types[i], M, K);
+    args.x_dtype = q3n_dtype_activations(all_types[i]);
+    run_matmul(&args, OUTPUTS(F32(y, M * N)));
+    args.N = args.y_m = GROUPED;
+    args.w = interleaved(all_types[i], GROUPED, K);
+    args.dtype = (q3n_dtype)(all_types[i] | Q3N_R16);
+    run_matmul(&args, OUTPUTS(F32(y, M * GROUPED)));
   }
 }
 
@@ -360,6 +401,19 @@ static void moe(void) {
                               .down = weights(dtype, E * D, F), .order = order, .offsets = offsets, .dtype = dtype,
                               .accumulate = i % 2, .y_t = D, .down_e = D * F, .down_d = F,
                               .T = T, .E = E, .top_k = TOP_K, .D = D, .F = F};
+    run_moe_down(&down, OUTPUTS(F32(y, T * D)));
+    if (q3n_dtype_block(dtype) == 1) continue;
+
+    up.x = eights(dtype, T, D);
+    down.h = eights(dtype, PAIRS, F);
+    up.x_dtype = down.h_dtype = q3n_dtype_activations(dtype);
+    run_moe_up(&up, OUTPUTS(F32(h, PAIRS * F)));
+    run_moe_down(&down, OUTPUTS(F32(y, T * D)));
+    up.gate = interleaved(dtype, E * F, D);
+    up.up = interleaved(dtype, E * F, D);
+    down.down = interleaved(dtype, E * D, F);
+    up.gate_dtype = up.up_dtype = down.dtype = (q3n_dtype)(dtype | Q3N_R16);
+    run_moe_up(&up, OUTPUTS(F32(h, PAIRS * F)));
     run_moe_down(&down, OUTPUTS(F32(y, T * D)));
   }
 }

@@ -219,6 +219,9 @@ pub enum Verdict {
     },
 }
 
+/// Cases as a file: how many, and its bytes.
+type Written = (usize, Vec<u8>);
+
 /// A suite behind a plain value, so that suites of different operators can stand in one list.
 #[derive(Clone, Copy)]
 pub struct Entry {
@@ -227,7 +230,7 @@ pub struct Entry {
     run: fn(&Options) -> Result<Vec<Row>, String>,
     checks: fn() -> Vec<&'static str>,
     run_plugin: unsafe fn(&Options, &Plugin) -> Result<Vec<Row>, String>,
-    write_cases: fn(&Options) -> Result<Option<(usize, Vec<u8>)>, String>,
+    write_cases: fn(&Options) -> Result<Option<Written>, String>,
 }
 
 impl Entry {

@@ -123,7 +123,7 @@ fn against_reference(variant: &Variant<Op>, case: &Case, seed: u64) -> Outcome {
         for (j, (&x, &q)) in x.iter().zip(&q).enumerate() {
             let level = if d == 0.0 { 0.0 } else { f64::from(x) / f64::from(d) };
             let off = (level - f64::from(q)).abs() / (0.5 + 127.0 * 3.0 * U32);
-            if !(off <= 1.0) {
+            if off.is_nan() || off > 1.0 {
                 return Err(Failure::new(format!("block {i}: value {j} is level {q}, expected {level}")));
             }
             metrics.bound_multiple = metrics.bound_multiple.max(off);

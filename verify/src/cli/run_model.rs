@@ -126,7 +126,8 @@ pub struct Setting {
 impl Setting {
     /// Loads the model.
     fn load(&self) -> anyhow::Result<Loaded> {
-        let mut loaded = model::load_with(self.model.as_deref(), self.mmap == "1")?;
+        // What is repacked is copied anyway: read whole, the file would be there twice.
+        let mut loaded = model::load_with(self.model.as_deref(), self.mmap == "1" || self.repack == "1")?;
         if self.repack == "1" {
             model::repack(&mut loaded);
         }
@@ -185,7 +186,7 @@ impl Bench {
             self.loaded = None;
             self.loaded = Some((setting.clone(), setting.load()?));
         }
-        if !self.pool.as_ref().is_some_and(|(threads, _)| *threads == setting.threads) {
+        if self.pool.as_ref().is_none_or(|(threads, _)| *threads != setting.threads) {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(setting.threads).build().context("--threads")?;
             self.pool = Some((setting.threads, pool));
         }
