@@ -118,8 +118,6 @@ class Ours:
 
     def __init__(self, binary):
         self.binary = binary
-        usage = subprocess.run([binary, "bench", "op", "--help"], capture_output=True, text=True).stdout
-        self.activations = ["--activations", "q8"] if "--activations" in usage else []
         self.version = subprocess.run([binary, "--version"], capture_output=True, text=True).stdout.strip()
 
     def bench(self, run, model, tests, flags, repetitions, threads):
@@ -139,7 +137,7 @@ class Ours:
             else:
                 command += ["--shape", case["shape"], "--dtype", case["dtype"]]
             if case["op"] in WEIGHTS:
-                command += self.activations
+                command += ["--form", "q8_r16"]
             if case["op"] == "attention":
                 command += ["--heads", case["heads"], "--dim", case["dim"]]
             try:
@@ -493,8 +491,6 @@ def main():
             except Missing as error:
                 notes.append(f"load: {error}")
         if part("operators"):
-            if not engines[0].activations:
-                notes.append(f"{OURS}: bench op times {', '.join(WEIGHTS)} with f32 activations")
             report["operators"] = operator_runs(engines, run, args, notes)
         if part("divergence") and not args.quick:
             say("divergence of quantised paths on the embedded model")
