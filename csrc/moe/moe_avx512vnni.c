@@ -15,7 +15,8 @@ q3n_status q3n_moe_up_avx512vnni(const q3n_moe_up_args *a, int64_t begin, int64_
 
   uint8_t *gate_groups = scratch, *up_groups = gate_groups + q3n_moe_rows_bytes(Q3N_TILE_ROWS, a->D);
   const int64_t gate_blocks = a->D / q3n_dtype_block(gate_type), up_blocks = a->D / q3n_dtype_block(up_type);
-  const int64_t x_row = q3n_dtype_bytes(a->x_dtype, a->x_t);
+  /* the stride of rows without elements may be anything */
+  const int64_t x_row = a->D ? q3n_dtype_bytes(a->x_dtype, a->x_t) : 0;
   for (int64_t e = 0; e < a->E; e++) {
     const int64_t from = a->offsets[e], to = a->offsets[e + 1];
     const void *gate_rows = q3n_element(a->gate, a->gate_dtype, e * a->gate_e);
