@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { Q3N_LANES = 8 };
+enum { Q3N_LANES = 8, Q3N_REGISTERS = 16 };
 typedef __m256 q3n_v;
 typedef __m256i q3n_v_mask;
 
@@ -32,6 +32,21 @@ static inline void q3n_v_store_some(float *p, q3n_v_mask m, q3n_v x) {
 #endif
 #endif
   _mm256_maskstore_ps(p, m, x);
+}
+/* x in a register: of a vector that is used several times gcc would make as many operands in memory. */
+static inline q3n_v q3n_v_keep(q3n_v x) {
+  __asm__("" : "+x"(x));
+  return x;
+}
+/* A vector, or the `left` > 0 lanes that are left of a row. */
+static inline q3n_v q3n_v_load_upto(const float *p, int64_t left) {
+  return left >= Q3N_LANES ? q3n_v_load(p) : q3n_v_load_some(q3n_v_first(left), p);
+}
+static inline void q3n_v_store_upto(float *p, int64_t left, q3n_v x) {
+  if (left >= Q3N_LANES)
+    q3n_v_store(p, x);
+  else
+    q3n_v_store_some(p, q3n_v_first(left), x);
 }
 static inline q3n_v q3n_v_add(q3n_v x, q3n_v y) { return _mm256_add_ps(x, y); }
 static inline q3n_v q3n_v_sub(q3n_v x, q3n_v y) { return _mm256_sub_ps(x, y); }
@@ -67,6 +82,14 @@ static inline float q3n_v_sum(q3n_v x) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+/* y[0..3] = the sums of four vectors, each in the same order: halves, quarters, pairs. */
+static inline void q3n_v_sum4(float *y, q3n_v a, q3n_v b, q3n_v c, q3n_v d) {
+  const __m256 x[4] = {a, b, c, d};
+  __m128 part[4];
+  for (int i = 0; i < 4; i++) part[i] = _mm_add_ps(_mm256_castps256_ps128(x[i]), _mm256_extractf128_ps(x[i], 1));
+  _mm_storeu_ps(y, _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3])));
 }
 
 /* Rows become columns. */

@@ -1,10 +1,10 @@
 /* What matmul and moe share around the integer tiles: 32 rows of w as two groups, and how tokens are cut into tiles.
-   Static inline. */
-#ifndef Q3N_MATMUL_Q8_GROUPS_AVX512_H
-#define Q3N_MATMUL_Q8_GROUPS_AVX512_H
+   Static inline; vectors of csrc/simd are included before this. */
+#ifndef Q3N_MATMUL_Q8_GROUPS_H
+#define Q3N_MATMUL_Q8_GROUPS_H
 
 #include "../quant/quant_blocks.h"
-#include "../quant/repack_avx512.h"
+#include "../quant/repack_simd.h"
 #include "q8_tile.h"
 
 /* Two groups of 16 rows; where fewer than 17 rows are left both are the first. */
