@@ -5,7 +5,7 @@
 #include "q8_avx512.h"
 
 #define INLINE static inline __attribute__((always_inline))
-enum { ROWS = 16, QUAD = 4, TOKENS = Q3N_Q8_ROWS_TOKENS };
+enum { ROWS = 16, QUAD = 4, TOKENS = 4 };
 
 INLINE __m512i unpacklo32(__m512i a, __m512i b) { return _mm512_unpacklo_epi32(a, b); }
 INLINE __m512i unpackhi32(__m512i a, __m512i b) { return _mm512_unpackhi_epi32(a, b); }
