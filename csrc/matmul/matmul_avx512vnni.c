@@ -1,4 +1,4 @@
-/* Integer tiles on vpdpbusd: matmul_simd.h. Without integer activations, or for types that have no tile, the f32 form
+/* Integer products on vpdpbusd: matmul_simd.h. Without integer activations, or for types that have none, the f32 form
    does it. */
 #include "../simd/avx512.h"
 #include "matmul_simd.h"
@@ -6,7 +6,9 @@
 q3n_status q3n_matmul_avx512(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_matmul_avx512vnni(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch);
 
+static const q3n_q8_products products = {q3n_q8_tile_avx512vnni, q3n_q8_rows_avx512vnni};
+
 q3n_status q3n_matmul_avx512vnni(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch) {
-  if (!q3n_matmul_has_q8(a, q3n_q8_tile_avx512vnni)) return q3n_matmul_avx512(a, begin, end, scratch);
-  return q3n_matmul_q8(a, begin, end, scratch, q3n_q8_tile_avx512vnni);
+  if (!q3n_matmul_has_q8(a, products)) return q3n_matmul_avx512(a, begin, end, scratch);
+  return q3n_matmul_q8(a, begin, end, scratch, products);
 }

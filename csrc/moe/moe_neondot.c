@@ -8,12 +8,14 @@ q3n_status q3n_moe_down_neon(const q3n_moe_down_args *a, int64_t begin, int64_t 
 q3n_status q3n_moe_up_neondot(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_moe_down_neondot(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch);
 
+static const q3n_q8_products products = {q3n_q8_tile_neondot, NULL};
+
 q3n_status q3n_moe_up_neondot(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch) {
-  if (!q3n_moe_up_has_q8(a, q3n_q8_tile_neondot)) return q3n_moe_up_neon(a, begin, end, scratch);
-  return q3n_moe_up_q8(a, begin, end, scratch, q3n_q8_tile_neondot);
+  if (!q3n_moe_up_has_q8(a, products)) return q3n_moe_up_neon(a, begin, end, scratch);
+  return q3n_moe_up_q8(a, begin, end, scratch, products);
 }
 
 q3n_status q3n_moe_down_neondot(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch) {
-  if (!q3n_moe_down_has_q8(a, q3n_q8_tile_neondot)) return q3n_moe_down_neon(a, begin, end, scratch);
-  return q3n_moe_down_q8(a, begin, end, scratch, q3n_q8_tile_neondot);
+  if (!q3n_moe_down_has_q8(a, products)) return q3n_moe_down_neon(a, begin, end, scratch);
+  return q3n_moe_down_q8(a, begin, end, scratch, products);
 }

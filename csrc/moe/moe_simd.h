@@ -4,7 +4,7 @@
 #define Q3N_MOE_SIMD_H
 
 #include "../matmul/f32_tile_simd.h"
-#include "../matmul/q8_groups.h"
+#include "../matmul/q8_products.h"
 #include "moe_block.h"
 
 /* The first expert after e that any pair chose; e where there is none. */
@@ -98,20 +98,20 @@ static inline q3n_status q3n_moe_down_f32(const q3n_moe_down_args *a, int64_t be
 }
 
 /* 1 where the activations are integers and there are tiles for the weights. */
-static inline int q3n_moe_up_has_q8(const q3n_moe_up_args *a, q3n_q8_tile_of *tile_of) {
-  return a->x_dtype != Q3N_F32 && tile_of(q3n_dtype_rows(a->gate_dtype), 1) != NULL &&
-         tile_of(q3n_dtype_rows(a->up_dtype), 1) != NULL;
+static inline int q3n_moe_up_has_q8(const q3n_moe_up_args *a, q3n_q8_products by) {
+  return a->x_dtype != Q3N_F32 && by.tile_of(q3n_dtype_rows(a->gate_dtype), 1) != NULL &&
+         by.tile_of(q3n_dtype_rows(a->up_dtype), 1) != NULL;
 }
 
-static inline int q3n_moe_down_has_q8(const q3n_moe_down_args *a, q3n_q8_tile_of *tile_of) {
-  return a->h_dtype != Q3N_F32 && tile_of(q3n_dtype_rows(a->dtype), 1) != NULL;
+static inline int q3n_moe_down_has_q8(const q3n_moe_down_args *a, q3n_q8_products by) {
+  return a->h_dtype != Q3N_F32 && by.tile_of(q3n_dtype_rows(a->dtype), 1) != NULL;
 }
 
-/* Up and down on the integer tiles. A call takes its rows of one expert after the other, so that weights stream from
+/* Up and down on the integer products. A call takes its rows of one expert after the other, so that weights stream from
    memory in long runs; down's dots wait until every expert has been seen. */
 static inline __attribute__((always_inline)) q3n_status q3n_moe_up_q8(const q3n_moe_up_args *a, int64_t begin,
                                                                       int64_t end, void *scratch,
-                                                                      q3n_q8_tile_of *tile_of) {
+                                                                      q3n_q8_products by) {
   const q3n_dtype gate_type = q3n_dtype_rows(a->gate_dtype), up_type = q3n_dtype_rows(a->up_dtype);
   uint8_t *gate_groups = scratch, *up_groups = gate_groups + q3n_moe_rows_bytes(Q3N_TILE_ROWS, a->D);
   const int64_t gate_blocks = a->D / q3n_dtype_block(gate_type), up_blocks = a->D / q3n_dtype_block(up_type);
@@ -124,20 +124,21 @@ static inline __attribute__((always_inline)) q3n_status q3n_moe_up_q8(const q3n_
     for (int64_t item = begin; item < end && from < to; item++) {
       const int64_t first = item * Q3N_TILE_ROWS;
       const int64_t count = a->F - first < Q3N_TILE_ROWS ? a->F - first : Q3N_TILE_ROWS;
-      const q3n_groups gate = q3n_groups_of(gate_rows, a->gate_dtype, first, count, a->gate_f, a->D, gate_groups);
-      const q3n_groups up = q3n_groups_of(up_rows, a->up_dtype, first, count, a->up_f, a->D, up_groups);
-      const uint8_t *up_next = q3n_groups_next(up_rows, a->up_dtype, first, a->F, a->up_f, a->D, up.group[0]);
+      const q3n_q8_weights gate =
+        q3n_q8_weights_of(by, gate_rows, a->gate_dtype, first, count, a->gate_f, a->D, to - from, gate_groups);
+      const q3n_q8_weights up =
+        q3n_q8_weights_of(by, up_rows, a->up_dtype, first, count, a->up_f, a->D, to - from, up_groups);
+      const uint8_t *up_next = q3n_q8_next(up_rows, a->up_dtype, first, a->F, a->up_f, a->D, &up);
       const int64_t last = item + 1 == end, expert = last ? q3n_next_expert(a->offsets, e, a->E) : e;
-      const uint8_t *gate_next = q3n_groups_next(q3n_element(a->gate, a->gate_dtype, expert * a->gate_e), a->gate_dtype,
-                                                 (last ? begin : item + 1) * Q3N_TILE_ROWS, a->F, a->gate_f, a->D,
-                                                 up.group[0]);
+      const uint8_t *gate_next = q3n_q8_next(q3n_element(a->gate, a->gate_dtype, expert * a->gate_e), a->gate_dtype,
+                                             (last ? begin : item + 1) * Q3N_TILE_ROWS, a->F, a->gate_f, a->D, &up);
       for (int64_t i = from, tokens; i < to; i += tokens) {
         tokens = q3n_q8_take(to - i);
         const uint8_t *x[Q3N_Q8_TOKENS];
         float g[Q3N_Q8_TOKENS * Q3N_TILE_ROWS], u[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
         for (int64_t t = 0; t < tokens; t++) x[t] = (const uint8_t *)a->x + a->order[i + t] / a->top_k * x_row;
-        tile_of(gate_type, tokens)(g, gate.group[0], gate.group[1], x, gate_blocks, up_next);
-        tile_of(up_type, tokens)(u, up.group[0], up.group[1], x, up_blocks, gate_next);
+        q3n_q8_multiply(by, gate_type, g, &gate, x, tokens, gate_blocks, up_next);
+        q3n_q8_multiply(by, up_type, u, &up, x, tokens, up_blocks, gate_next);
         for (int64_t t = 0; t < tokens; t++)
           q3n_moe_swiglu(a->h + a->order[i + t] * a->F + first, g + t * Q3N_TILE_ROWS, u + t * Q3N_TILE_ROWS, count);
       }
@@ -148,7 +149,7 @@ static inline __attribute__((always_inline)) q3n_status q3n_moe_up_q8(const q3n_
 
 static inline __attribute__((always_inline)) q3n_status q3n_moe_down_q8(const q3n_moe_down_args *a, int64_t begin,
                                                                         int64_t end, void *scratch,
-                                                                        q3n_q8_tile_of *tile_of) {
+                                                                        q3n_q8_products by) {
   const q3n_dtype type = q3n_dtype_rows(a->dtype);
   float *dots = (float *)scratch + q3n_moe_rows_bytes(Q3N_TILE_ROWS + Q3N_F32_TOKENS, a->F) / (int64_t)sizeof(float);
   const int64_t blocks = a->F / q3n_dtype_block(type), h_row = q3n_dtype_bytes(a->h_dtype, a->F);
@@ -162,14 +163,15 @@ static inline __attribute__((always_inline)) q3n_status q3n_moe_down_q8(const q3
       const void *after = q3n_element(a->down, a->dtype, q3n_next_expert(a->offsets, e, a->E) * a->down_e);
       for (int64_t r = 0; r < all; r += Q3N_TILE_ROWS) {
         const int64_t count = all - r < Q3N_TILE_ROWS ? all - r : Q3N_TILE_ROWS;
-        const q3n_groups down = q3n_groups_of(rows, a->dtype, first + r, count, a->down_d, a->F, scratch);
-        const uint8_t *next = q3n_groups_next(after, a->dtype, first + r, a->D, a->down_d, a->F, down.group[0]);
+        const q3n_q8_weights down =
+          q3n_q8_weights_of(by, rows, a->dtype, first + r, count, a->down_d, a->F, to - from, scratch);
+        const uint8_t *next = q3n_q8_next(after, a->dtype, first + r, a->D, a->down_d, a->F, &down);
         for (int64_t i = from, tokens; i < to; i += tokens) {
           tokens = q3n_q8_take(to - i);
           const uint8_t *h[Q3N_Q8_TOKENS];
           float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
           for (int64_t t = 0; t < tokens; t++) h[t] = (const uint8_t *)a->h + a->order[i + t] * h_row;
-          tile_of(type, tokens)(y, down.group[0], down.group[1], h, blocks, next);
+          q3n_q8_multiply(by, type, y, &down, h, tokens, blocks, next);
           for (int64_t t = 0; t < tokens; t++)
             memcpy(dots + a->order[i + t] * Q3N_MOE_DOWN_ROWS + r, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);
         }
