@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <stdatomic.h>
+#include <stddef.h>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -11,9 +12,11 @@
 static _Atomic uint32_t mask = UINT32_MAX;
 
 #if defined(__aarch64__)
-/* The base of AArch64 does not say whether the dot products are there; the system does. */
+/* The base of AArch64 does not say whether the dot products are there: the compiler's target or the system does. */
 static int has_dot_products(void) {
-#if defined(__linux__)
+#if defined(__ARM_FEATURE_DOTPROD)
+  return 1;
+#elif defined(__linux__)
   enum { ASIMDDP = 20 /* HWCAP_ASIMDDP, which old headers lack */ };
   return (int)(getauxval(AT_HWCAP) >> ASIMDDP & 1);
 #elif defined(__APPLE__)
