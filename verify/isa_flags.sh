@@ -3,7 +3,8 @@
 avx512='-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl'
 isa_flags() {
   case "${2:-$(uname -m)} $1" in
-    x86_64*_neon.c | aarch64*_avx*.c) return 1 ;;
+    x86_64*_neon*.c | aarch64*_avx*.c) return 1 ;;
+    *_neondot.c) echo -march=armv8.2-a+dotprod ;;
     *_avx512vnni.c) echo $avx512 -mavx512vnni ;;
     *_avx512bf16.c) echo $avx512 -mavx512vnni -mavx512bf16 ;;
     *_avx512.c) echo $avx512 ;;
