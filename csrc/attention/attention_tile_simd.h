@@ -508,9 +508,9 @@ static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t 
     const int64_t last = q3n_attention_visible_end(a, &tile, tile.first + tile.queries - 1);
     for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
       const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
-      /* Visible ends grow with the row: the groups before `from` see nothing of the block. */
+      /* Visible ends grow with the row: the groups before `from` see nothing of the block. Few rows are one group. */
       int64_t from = 0;
-      for (;; from += ROWS) {
+      for (; !few; from += ROWS) {
         const int64_t end = from + ROWS < rows ? from + ROWS : rows;
         if (q3n_attention_visible_end(a, &tile, tile.first + (end - 1) / group) > j0) break;
       }
