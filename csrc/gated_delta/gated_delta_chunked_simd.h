@@ -5,12 +5,14 @@
 
    With one decay for all channels the products are taken of plain keys and queries, and the rows of the results are
    decayed; with a decay a channel the keys and queries themselves are. */
+#include "../simd/ahead.h"
 #include "gated_delta_recurrent_simd.h"
 
 enum {
   WIDE = 2,                        /* vectors across a tile */
   TALL = LANES / 2,                /* its rows */
   PANEL = WIDE * LANES,            /* value channels of a panel */
+  DEPTH = 32,                      /* products between two places that ask for what comes next */
   TAIL = Q3N_GATED_DELTA_TAIL      /* shorter ends of sequences are taken token by token */
 };
 
@@ -29,7 +31,29 @@ typedef struct chunk {
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
   float *snap_k, *snap_decay; /* [P] */
+  q3n_ahead ahead[4]; /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
 } chunk;
+
+/* Some of what the next chunk reads and writes. */
+static inline __attribute__((always_inline)) void ask(chunk *ch) {
+  for (int i = 0; i < 4; i++) q3n_ahead_ask(&ch->ahead[i]);
+}
+
+/* At most C tokens of a head from t0 on are what comes next. */
+static inline void set_ahead(chunk *ch, const q3n_gated_delta_args *a, const gd_head *x, int64_t t0) {
+  const int64_t n = x->T - t0 < ch->C ? x->T - t0 : ch->C;
+  /* Of the places that ask there are K / DEPTH in every big product. */
+  const int64_t tiles = q3n_ceil_div(ch->n, TALL);
+  const int64_t places = q3n_ceil_div(a->V, PANEL) * (2 * tiles * q3n_ceil_div(a->K, DEPTH) + q3n_ceil_div(a->K, TALL));
+  if (n == 0) {
+    ch->ahead[0].lines = ch->ahead[1].lines = ch->ahead[2].lines = ch->ahead[3].lines = 0;
+    return;
+  }
+  ch->ahead[0] = q3n_ahead_of(x->k + t0 * a->k_t, a->K * 4, a->k_t * 4, n, places);
+  ch->ahead[1] = q3n_ahead_of(x->q + t0 * a->q_t, a->K * 4, a->q_t * 4, n, places);
+  ch->ahead[2] = q3n_ahead_of(x->v + t0 * a->v_t, a->V * 4, a->v_t * 4, n, places);
+  ch->ahead[3] = q3n_ahead_of(x->o + t0 * a->o_t, a->V * 4, a->o_t * 4, n, places);
+}
 
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
@@ -220,15 +244,24 @@ static inline void substitute(q3n_v acc[TALL][WIDE], const float *a, int64_t C) 
     }
 }
 
+/* acc = TALL keys or queries times the panel's state: deep enough to ask for what comes next meanwhile. */
+static inline __attribute__((always_inline)) void state_product(q3n_v acc[TALL][WIDE], chunk *ch, const float *x,
+                                                                const float *s, int64_t K) {
+  clear(acc);
+  for (int64_t c = 0; c < K; c += DEPTH) {
+    ask(ch);
+    product(acc, 0, x + c * 2 * ch->C, 2 * ch->C, s + c * PANEL, PANEL, LANES, K - c < DEPTH ? K - c : DEPTH);
+  }
+}
+
 /* u and o of TALL tokens from i on: value channels v0 on, `width` of them. */
-static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, const float *s, int64_t t0,
+static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, chunk *ch, const float *s, int64_t t0,
                          int64_t i, int64_t v0, q3n_v_mask low, q3n_v_mask high) {
   const int64_t C = ch->C;
   float *u = ch->u + i * PANEL;
   q3n_v acc[TALL][WIDE];
 
-  clear(acc);
-  product(acc, 0, ch->kt + i, 2 * C, s, PANEL, LANES, a->K);
+  state_product(acc, ch, ch->kt + i, s, a->K);
   for (int m = 0; m < TALL; m++) {
     q3n_v v[WIDE] = {q3n_v_zero(), q3n_v_zero()};
     if (i + m < ch->n) {
@@ -244,8 +277,7 @@ static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, const 
   for (int m = 0; m < TALL; m++)
     for (int w = 0; w < WIDE; w++) q3n_v_store(u + m * PANEL + w * LANES, acc[m][w]);
 
-  clear(acc);
-  product(acc, 0, ch->qt + i, 2 * C, s, PANEL, LANES, a->K);
+  state_product(acc, ch, ch->qt + i, s, a->K);
   for (int m = 0; m < TALL; m++)
     for (int w = 0; w < WIDE; w++) acc[m][w] = q3n_v_mul(q3n_v_set(ch->start[i + m]), acc[m][w]);
   product(acc, 0, ch->pt + i, C, ch->u, PANEL, LANES, i);
@@ -278,13 +310,14 @@ static void panel_snapshots(const q3n_gated_delta_args *a, const gd_head *x, con
   }
 }
 
-static void panel_state(const chunk *ch, float *s, int64_t K) {
+static void panel_state(chunk *ch, float *s, int64_t K) {
   for (int64_t i = 0; i < ch->n; i++)
     for (int w = 0; w < WIDE; w++) {
       float *u = ch->u + i * PANEL + w * LANES;
       q3n_v_store(u, q3n_v_mul(q3n_v_set(ch->end[i]), q3n_v_load(u)));
     }
   for (int64_t c = 0; c < K; c += TALL) {
+    ask(ch);
     q3n_v acc[TALL][WIDE];
     for (int m = 0; m < TALL; m++)
       for (int w = 0; w < WIDE; w++) {
@@ -320,8 +353,11 @@ static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begi
   block b;
   chunk ch = layout_chunk(a, C, scratch, &b);
 
+  gd_head next = {0};
+  if (begin < end) next = gd_find_head(a, begin / a->HV, begin % a->HV);
   for (int64_t item = begin; item < end; item++) {
-    const gd_head x = gd_find_head(a, item / a->HV, item % a->HV);
+    const gd_head x = next;
+    if (item + 1 < end) next = gd_find_head(a, (item + 1) / a->HV, (item + 1) % a->HV);
     const int64_t rest = x.T % C, chunked = rest < TAIL ? x.T - rest : x.T;
     if (K == 0) {
       gd_zero_output(a, &x);
@@ -336,6 +372,10 @@ static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begi
       }
       for (int64_t t0 = 0; t0 < chunked; t0 += C) {
         ch.n = chunked - t0 < C ? chunked - t0 : C;
+        if (t0 + ch.n < x.T || item + 1 == end)
+          set_ahead(&ch, a, &x, t0 + ch.n);
+        else
+          set_ahead(&ch, a, &next, 0);
         run_chunk(a, &x, t0, &ch);
       }
       float *state = chunked < x.T ? b.s : x.state_out;
