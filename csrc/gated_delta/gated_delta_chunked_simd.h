@@ -12,17 +12,19 @@ enum {
   WIDE = 2,                        /* vectors across a tile */
   TALL = LANES / 2,                /* its rows */
   PANEL = WIDE * LANES,            /* value channels of a panel */
+  HEADS = 2,                       /* at most so many value heads share keys and queries */
   DEPTH = 32,                      /* products between two places that ask for what comes next */
   TAIL = Q3N_GATED_DELTA_TAIL      /* shorter ends of sequences are taken token by token */
 };
 
 typedef struct chunk {
   int64_t n, C, P;   /* tokens in it, and at most; K rounded up to LANES */
-  float *s;          /* [panels][P][PANEL] the state, transposed */
+  float *s[HEADS];   /* [panels][P][PANEL] the state of each, transposed */
   float *k, *q;      /* [C][P] keys and queries as read; then k: decayed to the chunk's end with a decay a channel */
   float *kt, *qt;    /* [P][2 C], one beside the other: transposed; decayed from the start with a decay a channel */
   float *decay;      /* [C][P] exp(g), a decay a channel only */
   float *key;        /* [P][C] transposed keys under way from their token to the chunk's end, likewise */
+  float *kk, *kq;    /* [C][C] products of keys with keys and queries, not with a decay a channel */
   float *at, *pt;    /* [C][C] A and P transposed: what lies below the diagonal is not read */
   float *u;          /* [C][PANEL] */
   float *gain, *gain_low; /* [P] decay over the whole chunk, and what its rounding left over */
@@ -31,40 +33,57 @@ typedef struct chunk {
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
   float *snap_k, *snap_decay; /* [P] */
-  q3n_ahead ahead[4]; /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
+  q3n_ahead ahead[2 + 2 * HEADS]; /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
+  int aheads;
 } chunk;
+
+/* Value heads of one sequence that have the same keys and queries and go through its chunks together. */
+typedef struct together {
+  gd_head x[HEADS];
+  int64_t heads;
+} together;
+
+static inline together find_together(const q3n_gated_delta_args *a, int64_t item, int64_t end) {
+  together g = {.heads = 0};
+  for (; g.heads < HEADS && item < end; item++, g.heads++) {
+    const gd_head x = gd_find_head(a, item / a->HV, item % a->HV);
+    if (g.heads > 0 && (a->gate == Q3N_GATE_CHANNEL || x.T == 0 || x.k != g.x[0].k || x.q != g.x[0].q)) break;
+    g.x[g.heads] = x;
+  }
+  return g;
+}
 
 /* Some of what the next chunk reads and writes. */
 static inline __attribute__((always_inline)) void ask(chunk *ch) {
-  for (int i = 0; i < 4; i++) q3n_ahead_ask(&ch->ahead[i]);
+  for (int i = 0; i < ch->aheads; i++) q3n_ahead_ask(&ch->ahead[i]);
 }
 
-/* At most C tokens of a head from t0 on are what comes next. */
-static inline void set_ahead(chunk *ch, const q3n_gated_delta_args *a, const gd_head *x, int64_t t0) {
-  const int64_t n = x->T - t0 < ch->C ? x->T - t0 : ch->C;
-  /* Of the places that ask there are K / DEPTH in every big product. */
-  const int64_t tiles = q3n_ceil_div(ch->n, TALL);
-  const int64_t places = q3n_ceil_div(a->V, PANEL) * (2 * tiles * q3n_ceil_div(a->K, DEPTH) + q3n_ceil_div(a->K, TALL));
-  if (n == 0) {
-    ch->ahead[0].lines = ch->ahead[1].lines = ch->ahead[2].lines = ch->ahead[3].lines = 0;
-    return;
+/* At most C tokens from t0 on are what comes next. `heads` are at work meanwhile. */
+static inline void set_ahead(chunk *ch, const q3n_gated_delta_args *a, const together *g, int64_t t0, int64_t heads) {
+  ch->aheads = 0;
+  if (g->heads == 0 || t0 >= g->x[0].T) return;
+  const gd_head *x = g->x;
+  const int64_t n = x->T - t0 < ch->C ? x->T - t0 : ch->C, tiles = q3n_ceil_div(ch->n, TALL);
+  const int64_t in_panel = 2 * tiles * q3n_ceil_div(a->K, DEPTH) + q3n_ceil_div(a->K, TALL);
+  const int64_t places = heads * q3n_ceil_div(a->V, PANEL) * in_panel;
+  ch->ahead[ch->aheads++] = q3n_ahead_of(x->k + t0 * a->k_t, a->K * 4, a->k_t * 4, n, places);
+  ch->ahead[ch->aheads++] = q3n_ahead_of(x->q + t0 * a->q_t, a->K * 4, a->q_t * 4, n, places);
+  for (int64_t h = 0; h < g->heads; h++) {
+    ch->ahead[ch->aheads++] = q3n_ahead_of(x[h].v + t0 * a->v_t, a->V * 4, a->v_t * 4, n, places);
+    ch->ahead[ch->aheads++] = q3n_ahead_of(x[h].o + t0 * a->o_t, a->V * 4, a->o_t * 4, n, places);
   }
-  ch->ahead[0] = q3n_ahead_of(x->k + t0 * a->k_t, a->K * 4, a->k_t * 4, n, places);
-  ch->ahead[1] = q3n_ahead_of(x->q + t0 * a->q_t, a->K * 4, a->q_t * 4, n, places);
-  ch->ahead[2] = q3n_ahead_of(x->v + t0 * a->v_t, a->V * 4, a->v_t * 4, n, places);
-  ch->ahead[3] = q3n_ahead_of(x->o + t0 * a->o_t, a->V * 4, a->o_t * 4, n, places);
 }
 
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   const int64_t channel = a->gate == Q3N_GATE_CHANNEL ? 2 * C * P : 0;
-  return P * VP + 4 * C * P + channel + 2 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
+  return HEADS * P * VP + 4 * C * P + channel + 4 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
 }
 
 static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float *at, block *b) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   chunk x = {.C = C, .P = P};
-  x.s = at, at += P * VP;
+  for (int h = 0; h < HEADS; h++) x.s[h] = at, at += P * VP;
   x.k = at, at += C * P;
   x.q = at, at += C * P;
   x.kt = at, x.qt = at + C, at += 2 * C * P;
@@ -72,6 +91,8 @@ static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float
     x.decay = at, at += C * P;
     x.key = at, at += C * P;
   }
+  x.kk = at, at += C * C;
+  x.kq = at, at += C * C;
   x.at = at, at += C * C;
   x.pt = at, at += C * C;
   x.u = at, at += C * PANEL;
@@ -130,14 +151,35 @@ static inline void set_gain(chunk *ch, int64_t c, double decay) {
   ch->gain_low[c] = (float)(decay - (double)ch->gain[c]);
 }
 
-static void load_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
-  const int64_t n = ch->n, C = ch->C, P = ch->P, channel = a->gate == Q3N_GATE_CHANNEL;
+/* What does not depend on the value head. */
+static void load_keys(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
+  const int64_t n = ch->n, C = ch->C, P = ch->P;
   for (int64_t i = 0; i < n; i++) {
     const int64_t t = t0 + i;
     load_vector(a, x->k + t * a->k_t, 1.0f, ch->k + i * P, P);
     load_vector(a, x->q + t * a->q_t, a->scale, ch->q + i * P, P);
+  }
+  transpose(ch->kt, 2 * C, ch->k, P, n, a->K, 1);
+  transpose(ch->qt, 2 * C, ch->q, P, n, a->K, 1);
+  if (a->gate == Q3N_GATE_CHANNEL) return;
+  for (int64_t j = 0; j < n; j += TALL)
+    for (int64_t i = j / LANES * LANES; i < padded(n, LANES); i += LANES) {
+      q3n_v acc[TALL][WIDE];
+      clear(acc);
+      product(acc, 0, ch->kt + j, 2 * C, ch->kt + i, 2 * C, C, a->K);
+      for (int m = 0; m < TALL; m++) {
+        q3n_v_store(ch->kk + (j + m) * C + i, acc[m][0]);
+        q3n_v_store(ch->kq + (j + m) * C + i, acc[m][1]);
+      }
+    }
+}
+
+static void load_gates(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
+  const int64_t n = ch->n, P = ch->P;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t t = t0 + i;
     ch->beta[i] = x->beta[t * a->beta_t];
-    if (channel) load_decay(a, x, t, ch->decay + i * P, P);
+    if (a->gate == Q3N_GATE_CHANNEL) load_decay(a, x, t, ch->decay + i * P, P);
     /* Gathered first: then exp takes a vector of tokens. */
     ch->start[i] = a->gate == Q3N_GATE_SCALAR ? x->g[t * a->g_t] : 0.0f;
   }
@@ -147,33 +189,22 @@ static void load_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t 
     q3n_v_store(e, q3n_v_exp(q3n_v_load(ch->start + i)));
     for (int64_t l = 0; l < LANES; l++) ch->e[i + l] = (double)e[l];
   }
-  transpose(ch->kt, 2 * C, ch->k, P, n, a->K, 1);
-  transpose(ch->qt, 2 * C, ch->q, P, n, a->K, 1);
 }
 
 /* A and P where one decay serves all channels, and the decays of rows. Γ is a running product from the last token down,
    in double: near 1, where f32 rounds every product down, it would fall behind. */
-static void scores_one_decay(chunk *ch, int64_t K) {
+static void scores_one_decay(chunk *ch) {
   const int64_t n = ch->n, C = ch->C, N = padded(n, LANES);
-  for (int64_t j = 0; j < n; j += TALL)
-    for (int64_t i = j / LANES * LANES; i < N; i += LANES) {
-      q3n_v acc[TALL][WIDE];
-      clear(acc);
-      product(acc, 0, ch->kt + j, 2 * C, ch->kt + i, 2 * C, C, K);
-      for (int m = 0; m < TALL; m++) {
-        q3n_v_store(ch->at + (j + m) * C + i, acc[m][0]);
-        q3n_v_store(ch->pt + (j + m) * C + i, acc[m][1]);
-      }
-    }
   for (int64_t i = 0; i < N; i++) ch->reach[i] = 1.0;
   for (int64_t j = n - 1; j >= 0; j--) {
+    const float *kk = ch->kk + j * C, *kq = ch->kq + j * C;
     float *aj = ch->at + j * C, *pj = ch->pt + j * C;
     ch->reach[j] = 1.0;
     ch->end[j] = (float)ch->reach[n - 1];
     for (int64_t i = j / LANES * LANES; i < N; i++) {
       const float g = (float)ch->reach[i];
-      aj[i] *= ch->beta[i] * g;
-      pj[i] *= g;
+      aj[i] = kk[i] * (ch->beta[i] * g);
+      pj[i] = kq[i] * g;
       ch->reach[i] *= ch->e[j];
     }
   }
@@ -331,19 +362,29 @@ static void panel_state(chunk *ch, float *s, int64_t K) {
   }
 }
 
-static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
-  load_chunk(a, x, t0, ch);
+/* Head h of those that go together. */
+static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t h, int64_t t0, chunk *ch) {
+  load_gates(a, x, t0, ch);
   if (a->gate == Q3N_GATE_CHANNEL)
     scores_channel_decay(ch, a->K);
   else
-    scores_one_decay(ch, a->K);
+    scores_one_decay(ch);
   for (int64_t v0 = 0; v0 < a->V; v0 += PANEL) {
     const int64_t width = a->V - v0 < PANEL ? a->V - v0 : PANEL;
-    float *s = ch->s + v0 * ch->P;
+    float *s = ch->s[h] + v0 * ch->P;
     for (int64_t i = 0; i < ch->n; i += TALL)
       panel_tokens(a, x, ch, s, t0, i, v0, q3n_v_first(width), q3n_v_first(width - LANES));
     if (x->snapshots) panel_snapshots(a, x, ch, s, t0, v0, width);
     panel_state(ch, s, a->K);
+  }
+}
+
+static void load_state(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, float *state) {
+  for (int64_t v0 = 0; v0 < a->V; v0 += PANEL) {
+    const int64_t width = a->V - v0 < PANEL ? a->V - v0 : PANEL;
+    float *s = state + v0 * ch->P;
+    for (int64_t i = 0; i < ch->P * PANEL; i += LANES) q3n_v_store(s + i, q3n_v_zero());
+    if (x->state_in) transpose(s, PANEL, x->state_in + v0 * a->state_v, a->state_v, width, a->K, 1);
   }
 }
 
@@ -353,40 +394,37 @@ static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begi
   block b;
   chunk ch = layout_chunk(a, C, scratch, &b);
 
-  gd_head next = {0};
-  if (begin < end) next = gd_find_head(a, begin / a->HV, begin % a->HV);
-  for (int64_t item = begin; item < end; item++) {
-    const gd_head x = next;
-    if (item + 1 < end) next = gd_find_head(a, (item + 1) / a->HV, (item + 1) % a->HV);
-    const int64_t rest = x.T % C, chunked = rest < TAIL ? x.T - rest : x.T;
+  together next = find_together(a, begin, end);
+  for (int64_t item = begin; item < end;) {
+    const together g = next;
+    const gd_head *x = g.x;
+    item += g.heads;
+    next = find_together(a, item, end);
+    const int64_t T = x->T, rest = T % C, chunked = rest < TAIL ? T - rest : T;
     if (K == 0) {
-      gd_zero_output(a, &x);
+      for (int64_t h = 0; h < g.heads; h++) gd_zero_output(a, x + h);
       continue;
     }
-    if (chunked > 0) {
-      for (int64_t v0 = 0; v0 < V; v0 += PANEL) {
-        const int64_t width = V - v0 < PANEL ? V - v0 : PANEL;
-        float *s = ch.s + v0 * ch.P;
-        for (int64_t i = 0; i < ch.P * PANEL; i += LANES) q3n_v_store(s + i, q3n_v_zero());
-        if (x.state_in) transpose(s, PANEL, x.state_in + v0 * a->state_v, a->state_v, width, K, 1);
-      }
-      for (int64_t t0 = 0; t0 < chunked; t0 += C) {
-        ch.n = chunked - t0 < C ? chunked - t0 : C;
-        if (t0 + ch.n < x.T || item + 1 == end)
-          set_ahead(&ch, a, &x, t0 + ch.n);
-        else
-          set_ahead(&ch, a, &next, 0);
-        run_chunk(a, &x, t0, &ch);
-      }
-      float *state = chunked < x.T ? b.s : x.state_out;
-      const int64_t row = chunked < x.T ? b.P : a->state_v;
-      for (int64_t v0 = 0; state && v0 < V; v0 += PANEL)
-        transpose(state + v0 * row, row, ch.s + v0 * ch.P, PANEL, K, V - v0 < PANEL ? V - v0 : PANEL, 0);
-      /* The rows that pad b.s. */
-      for (int64_t r = V; chunked < x.T && r < padded(V, ROWS); r++)
-        for (int64_t c = 0; c < b.P; c += LANES) q3n_v_store(b.s + r * b.P + c, q3n_v_zero());
+    for (int64_t h = 0; h < g.heads && chunked > 0; h++) load_state(a, x + h, &ch, ch.s[h]);
+    for (int64_t t0 = 0; t0 < chunked; t0 += C) {
+      ch.n = chunked - t0 < C ? chunked - t0 : C;
+      if (t0 + ch.n < T)
+        set_ahead(&ch, a, &g, t0 + ch.n, g.heads);
+      else
+        set_ahead(&ch, a, &next, 0, g.heads);
+      load_keys(a, x, t0, &ch);
+      for (int64_t h = 0; h < g.heads; h++) run_chunk(a, x + h, h, t0, &ch);
     }
-    if (chunked < x.T || chunked == 0) run_rows(a, &x, chunked, 0, V, chunked > 0, &b);
+    for (int64_t h = 0; h < g.heads; h++) {
+      float *state = chunked < T ? b.s : x[h].state_out;
+      const int64_t row = chunked < T ? b.P : a->state_v;
+      for (int64_t v0 = 0; chunked > 0 && state && v0 < V; v0 += PANEL)
+        transpose(state + v0 * row, row, ch.s[h] + v0 * ch.P, PANEL, K, V - v0 < PANEL ? V - v0 : PANEL, 0);
+      /* The rows that pad b.s. */
+      for (int64_t r = V; chunked > 0 && chunked < T && r < padded(V, ROWS); r++)
+        for (int64_t c = 0; c < b.P; c += LANES) q3n_v_store(b.s + r * b.P + c, q3n_v_zero());
+      if (chunked < T || chunked == 0) run_rows(a, x + h, chunked, 0, V, chunked > 0, &b);
+    }
   }
   return Q3N_OK;
 }
