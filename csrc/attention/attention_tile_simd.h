@@ -14,7 +14,6 @@
 
 #include "../base/check.h"
 #include "../quant/quant_blocks.h"
-#include "../simd/ahead.h"
 #include "attention_tile.h"
 
 enum {
@@ -111,25 +110,54 @@ static inline const void *row_at(const void *cache, q3n_dtype dtype, int64_t at)
   return p + at * 2;
 }
 
+/* Rows of the cache that are needed soon: they lie apart, and the hardware does not guess them. */
+typedef struct ahead {
+  const char *at, *past; /* the rest of a row */
+  int64_t bytes, stride; /* of a row, between rows */
+  int64_t rows;          /* that begin after this one */
+  int64_t lines, steps;  /* all of them are asked for in so many steps, evenly */
+  int64_t due;           /* lines x steps so far - steps x lines asked for */
+} ahead;
+
+/* `rows` >= 0 rows of `bytes` from `first` on, `stride` bytes apart, in `steps` > 0 steps. */
+static inline ahead ahead_of_rows(const void *first, int64_t bytes, int64_t stride, int64_t rows, int64_t steps) {
+  const char *row = first;
+  return (ahead){row, rows > 0 ? row + bytes : row, bytes, stride, rows - 1, rows * ((bytes + 63) / 64), steps, 0};
+}
+
+/* Inlined, because gcc drops a call that does nothing but ask. */
+static inline __attribute__((always_inline)) void ask(ahead *x) {
+  for (x->due += x->lines; x->due >= x->steps; x->due -= x->steps) {
+    if (x->at >= x->past) {
+      if (x->rows <= 0) return;
+      x->rows--;
+      x->at = x->past - x->bytes + x->stride;
+      x->past = x->at + x->bytes;
+    }
+    __builtin_prefetch(x->at);
+    x->at += 64;
+  }
+}
+
 /* Rows of the cache from `at` on, of which the steps of the work meanwhile ask for parts. */
-static q3n_ahead ahead_of(const void *cache, q3n_dtype dtype, int64_t at, int64_t stride, int64_t rows, int64_t D,
+static ahead ahead_of(const void *cache, q3n_dtype dtype, int64_t at, int64_t stride, int64_t rows, int64_t D,
                           int64_t steps) {
   const char *row = row_at(cache, dtype, at);
-  return q3n_ahead_of(row, (const char *)row_at(row, dtype, D) - row, (const char *)row_at(row, dtype, stride) - row,
+  return ahead_of_rows(row, (const char *)row_at(row, dtype, D) - row, (const char *)row_at(row, dtype, stride) - row,
                       rows, steps);
 }
 
 /* n <= PANEL keys, `at` elements into the cache and `stride` apart, as k[channel][key]; missing keys are 0. */
 static inline __attribute__((always_inline)) void load_keys_of(q3n_dtype dtype, const void *cache, int64_t at,
                                                                int64_t stride, int64_t n, int64_t D, float *k,
-                                                               q3n_ahead *next) {
+                                                               ahead *next) {
   const int64_t chunk = q3n_ceil_div(D, LANES);
   for (int64_t half = 0; half < PANEL; half += LANES) {
     const void *row[LANES];
     for (int64_t i = 0; i < LANES; i++)
       row[i] = row_at(cache, dtype, at + (half + i < n ? half + i : 0) * stride);
     for (int64_t c = 0; c < chunk; c++) {
-      q3n_ahead_ask(next);
+      ask(next);
       q3n_v x[LANES];
       for (int i = 0; i < LANES; i++) x[i] = load_part(dtype, row[i], c * LANES, D - c * LANES);
       if (half + LANES > n)
@@ -144,11 +172,11 @@ static inline __attribute__((always_inline)) void load_keys_of(q3n_dtype dtype, 
    keys that hold such. */
 static inline __attribute__((always_inline)) uint64_t load_values_of(q3n_dtype dtype, const void *cache, int64_t at,
                                                                      int64_t stride, int64_t n, int64_t D, int64_t d,
-                                                                     float *v, q3n_ahead *next) {
+                                                                     float *v, ahead *next) {
   uint64_t wild = 0;
   for (int64_t j = 0; j < n; j++) {
     const void *row = row_at(cache, dtype, at + j * stride);
-    if (j % 8 == 0) q3n_ahead_ask(next);
+    if (j % 8 == 0) ask(next);
     const q3n_v low = load_part(dtype, row, d, D - d), high = load_part(dtype, row, d + LANES, D - d - LANES);
     const q3n_v_mask low_finite = q3n_v_finite(low), high_finite = q3n_v_finite(high);
     q3n_v_store(v + j * PANEL, q3n_v_select(low_finite, low, q3n_v_zero()));
@@ -158,7 +186,7 @@ static inline __attribute__((always_inline)) uint64_t load_values_of(q3n_dtype d
   return wild;
 }
 
-static void load_keys(const q3n_attention_args *a, int64_t at, int64_t n, float *k, q3n_ahead *next) {
+static void load_keys(const q3n_attention_args *a, int64_t at, int64_t n, float *k, ahead *next) {
   switch (a->kv_dtype) {
     case Q3N_F16: load_keys_of(Q3N_F16, a->k, at, a->k_s, n, a->D, k, next); return;
     case Q3N_BF16: load_keys_of(Q3N_BF16, a->k, at, a->k_s, n, a->D, k, next); return;
@@ -167,7 +195,7 @@ static void load_keys(const q3n_attention_args *a, int64_t at, int64_t n, float 
   }
 }
 
-static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, int64_t d, float *v, q3n_ahead *next) {
+static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, int64_t d, float *v, ahead *next) {
   switch (a->kv_dtype) {
     case Q3N_F16: return load_values_of(Q3N_F16, a->v, at, a->v_s, n, a->D, d, v, next);
     case Q3N_BF16: return load_values_of(Q3N_BF16, a->v, at, a->v_s, n, a->D, d, v, next);
@@ -178,12 +206,12 @@ static uint64_t load_values(const q3n_attention_args *a, int64_t at, int64_t n, 
 
 /* q . k for `rows` rows of a group and a panel of keys. */
 static inline __attribute__((always_inline)) void scores_of(int rows, const float *q, const float *k, int64_t chunk,
-                                                            float *p, q3n_ahead *next) {
+                                                            float *p, ahead *next) {
   float kept[LEVELS][ROWS][PANEL] __attribute__((aligned(64)));
   for (int64_t l = 0; l < LANES; l++) {
     q3n_v s[ROWS][2];
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = q3n_v_zero();
-    q3n_ahead_ask(next);
+    ask(next);
     for (int64_t c = 0; c < chunk; c++, q += ROWS, k += PANEL) {
       const q3n_v k0 = q3n_v_load(k), k1 = q3n_v_load(k + LANES);
       for (int r = 0; r < rows; r++) {
@@ -206,10 +234,10 @@ static inline __attribute__((always_inline)) void scores_of(int rows, const floa
 /* The same for all rows, at most FEW, from n <= KEYS keys as they lie in the cache, for queries [rows][P]. */
 static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype, int rows, const float *q, int64_t P,
                                                                  const void *cache, int64_t at, int64_t stride,
-                                                                 int64_t n, int64_t D, float *p, q3n_ahead *next) {
+                                                                 int64_t n, int64_t D, float *p, ahead *next) {
   /* A tile takes `keys` keys. Key b of tile t is b tiles + t, so that a row's scores come to lie side by side. */
   const int keys = LANES / rows, tiles = KEYS / keys < LANES ? KEYS / keys : LANES;
-  q3n_ahead x = *next;
+  ahead x = *next;
   for (int64_t j0 = 0; j0 < n; j0 += tiles * keys) {
     q3n_v sums[LANES];
     for (int t = 0; t < tiles; t++) {
@@ -223,7 +251,7 @@ static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype
       int64_t d = 0;
       for (; d + LANES <= D; d += LANES) {
         q3n_v k[LANES];
-        q3n_ahead_ask(&x);
+        ask(&x);
         for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, LANES);
         for (int r = 0; r < rows; r++) {
           const q3n_v qr = q3n_v_load(q + r * P + d);
@@ -271,15 +299,15 @@ static inline __attribute__((always_inline)) void values_of(int rows, const floa
 static inline __attribute__((always_inline)) int values_near_of(q3n_dtype dtype, int rows, const float *p,
                                                                 const void *cache, int64_t at, int64_t stride,
                                                                 int64_t n, int64_t d, const float *rescale, float *o,
-                                                                int64_t P, q3n_ahead *next) {
-  q3n_ahead x = *next;
+                                                                int64_t P, ahead *next) {
+  ahead x = *next;
   q3n_v s[FEW][WIDE];
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < WIDE; i++) s[r][i] = q3n_v_zero();
   for (int64_t j = 0; j < n; j++) {
     const void *row = row_at(cache, dtype, at + j * stride);
     q3n_v v[WIDE];
-    q3n_ahead_ask(&x);
+    ask(&x);
     for (int i = 0; i < WIDE; i++) v[i] = load_part(dtype, row, d + LANES * i, LANES);
     for (int r = 0; r < rows; r++) {
       const q3n_v pr = q3n_v_set(p[r * KEYS + j]);
@@ -304,7 +332,7 @@ static int tile_rows(int64_t rows, int most) {
   return n;
 }
 
-static void scores(int64_t rows, const float *q, const float *k, int64_t chunk, float *p, q3n_ahead *next) {
+static void scores(int64_t rows, const float *q, const float *k, int64_t chunk, float *p, ahead *next) {
   switch (tile_rows(rows, ROWS)) {
     case 1: scores_of(1, q, k, chunk, p, next); return;
     case 2: scores_of(2, q, k, chunk, p, next); return;
@@ -339,7 +367,7 @@ static void values(int64_t rows, const float *p, const float *v, int64_t n, cons
   }
 
 static void scores_near(const q3n_attention_args *a, const memory *m, int64_t rows, int64_t at, int64_t n,
-                        q3n_ahead *next) {
+                        ahead *next) {
 #define CALL(dtype, tile) scores_near_of(dtype, tile, m->q, m->P, a->k, at, a->k_s, n, a->D, m->p, next)
   BY_TYPE_AND_ROWS(CALL)
 #undef CALL
@@ -352,7 +380,7 @@ static int64_t steps_near(int64_t rows, int64_t n, int64_t D) {
 }
 
 static int values_near(const q3n_attention_args *a, const memory *m, int64_t rows, int64_t at, int64_t n, int64_t d,
-                       q3n_ahead *next) {
+                       ahead *next) {
 #define CALL(dtype, tile) \
   values_near_of(dtype, tile, m->p, a->v, at, a->v_s, n, d, m->rescale, m->o, m->P, next)
   BY_TYPE_AND_ROWS(CALL)
@@ -496,7 +524,7 @@ static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t 
       const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
       const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
       const int64_t tiles = groups * LANES + 2 * m.chunk;
-      q3n_ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D,
+      ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D,
                             few ? steps_near(rows, n, D) : q3n_ceil_div(n, PANEL) * tiles);
       if (few) scores_near(a, &m, rows, k_at, n, &next);
       for (int64_t j = 0; j < n && !few; j += PANEL) {
@@ -524,7 +552,7 @@ static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t 
       for (int64_t d = 0; d < m.P && !few; d += PANEL) {
         wild |= load_values(a, v_at, n, d, m.v, &next);
         for (int64_t r = from; r < rows; r += ROWS) {
-          q3n_ahead_ask(&next);
+          ask(&next);
           values(rows - r, m.p + r * KEYS, m.v, n, m.rescale + r, m.o + r * m.P + d, m.P);
         }
       }

@@ -5,7 +5,6 @@
 
    With one decay for all channels the products are taken of plain keys and queries, and the rows of the results are
    decayed; with a decay a channel the keys and queries themselves are. */
-#include "../simd/ahead.h"
 #include "gated_delta_recurrent_simd.h"
 
 enum {
@@ -13,9 +12,16 @@ enum {
   TALL = LANES / 2,                /* its rows */
   PANEL = WIDE * LANES,            /* value channels of a panel */
   HEADS = 2,                       /* at most so many value heads share keys and queries */
-  DEPTH = 32,                      /* products between two places that ask for what comes next */
   TAIL = Q3N_GATED_DELTA_TAIL      /* shorter ends of sequences are taken token by token */
 };
+
+/* Rows of some arrays, to be asked for while other work goes on. */
+typedef struct ahead {
+  const char *at[2 + 2 * HEADS];
+  int64_t bytes[2 + 2 * HEADS], stride[2 + 2 * HEADS];
+  int arrays, which;
+  int64_t left, asked; /* rows of all, and at a time: a number that does not vary, so that no branch is guessed wrong */
+} ahead;
 
 typedef struct chunk {
   int64_t n, C, P;   /* tokens in it, and at most; K rounded up to LANES */
@@ -33,8 +39,7 @@ typedef struct chunk {
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
   float *snap_k, *snap_decay; /* [P] */
-  q3n_ahead ahead[2 + 2 * HEADS]; /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
-  int aheads;
+  ahead ahead;       /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
 } chunk;
 
 /* Value heads of one sequence that have the same keys and queries and go through its chunks together. */
@@ -53,25 +58,35 @@ static inline together find_together(const q3n_gated_delta_args *a, int64_t item
   return g;
 }
 
-/* Some of what the next chunk reads and writes. */
-static inline __attribute__((always_inline)) void ask(chunk *ch) {
-  for (int i = 0; i < ch->aheads; i++) q3n_ahead_ask(&ch->ahead[i]);
+static inline __attribute__((always_inline)) void ask(ahead *x) {
+  for (int64_t i = 0; i < x->asked && x->left > 0; i++, x->left--) {
+    for (int64_t b = 0; b < x->bytes[x->which]; b += 64) __builtin_prefetch(x->at[x->which] + b);
+    x->at[x->which] += x->stride[x->which];
+    x->which = x->which + 1 == x->arrays ? 0 : x->which + 1;
+  }
+}
+
+static inline void add_ahead(ahead *x, const float *row, int64_t n, int64_t stride) {
+  x->at[x->arrays] = (const char *)row;
+  x->bytes[x->arrays] = n * 4;
+  x->stride[x->arrays++] = stride * 4;
 }
 
 /* At most C tokens from t0 on are what comes next. `heads` are at work meanwhile. */
 static inline void set_ahead(chunk *ch, const q3n_gated_delta_args *a, const together *g, int64_t t0, int64_t heads) {
-  ch->aheads = 0;
+  ch->ahead = (ahead){.left = 0};
   if (g->heads == 0 || t0 >= g->x[0].T) return;
   const gd_head *x = g->x;
-  const int64_t n = x->T - t0 < ch->C ? x->T - t0 : ch->C, tiles = q3n_ceil_div(ch->n, TALL);
-  const int64_t in_panel = 2 * tiles * q3n_ceil_div(a->K, DEPTH) + q3n_ceil_div(a->K, TALL);
-  const int64_t places = heads * q3n_ceil_div(a->V, PANEL) * in_panel;
-  ch->ahead[ch->aheads++] = q3n_ahead_of(x->k + t0 * a->k_t, a->K * 4, a->k_t * 4, n, places);
-  ch->ahead[ch->aheads++] = q3n_ahead_of(x->q + t0 * a->q_t, a->K * 4, a->q_t * 4, n, places);
+  add_ahead(&ch->ahead, x->k + t0 * a->k_t, a->K, a->k_t);
+  add_ahead(&ch->ahead, x->q + t0 * a->q_t, a->K, a->q_t);
   for (int64_t h = 0; h < g->heads; h++) {
-    ch->ahead[ch->aheads++] = q3n_ahead_of(x[h].v + t0 * a->v_t, a->V * 4, a->v_t * 4, n, places);
-    ch->ahead[ch->aheads++] = q3n_ahead_of(x[h].o + t0 * a->o_t, a->V * 4, a->o_t * 4, n, places);
+    add_ahead(&ch->ahead, x[h].v + t0 * a->v_t, a->V, a->v_t);
+    add_ahead(&ch->ahead, x[h].o + t0 * a->o_t, a->V, a->o_t);
   }
+  const int64_t tiles = q3n_ceil_div(ch->n, TALL);
+  const int64_t places = heads * q3n_ceil_div(a->V, PANEL) * (2 * tiles + q3n_ceil_div(a->K, 2 * TALL));
+  ch->ahead.left = ch->ahead.arrays * (x->T - t0 < ch->C ? x->T - t0 : ch->C);
+  ch->ahead.asked = q3n_ceil_div(ch->ahead.left, places);
 }
 
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
@@ -275,16 +290,6 @@ static inline void substitute(q3n_v acc[TALL][WIDE], const float *a, int64_t C) 
     }
 }
 
-/* acc = TALL keys or queries times the panel's state: deep enough to ask for what comes next meanwhile. */
-static inline __attribute__((always_inline)) void state_product(q3n_v acc[TALL][WIDE], chunk *ch, const float *x,
-                                                                const float *s, int64_t K) {
-  clear(acc);
-  for (int64_t c = 0; c < K; c += DEPTH) {
-    ask(ch);
-    product(acc, 0, x + c * 2 * ch->C, 2 * ch->C, s + c * PANEL, PANEL, LANES, K - c < DEPTH ? K - c : DEPTH);
-  }
-}
-
 /* u and o of TALL tokens from i on: value channels v0 on, `width` of them. */
 static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, chunk *ch, const float *s, int64_t t0,
                          int64_t i, int64_t v0, q3n_v_mask low, q3n_v_mask high) {
@@ -292,7 +297,9 @@ static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, chunk 
   float *u = ch->u + i * PANEL;
   q3n_v acc[TALL][WIDE];
 
-  state_product(acc, ch, ch->kt + i, s, a->K);
+  ask(&ch->ahead);
+  clear(acc);
+  product(acc, 0, ch->kt + i, 2 * C, s, PANEL, LANES, a->K);
   for (int m = 0; m < TALL; m++) {
     q3n_v v[WIDE] = {q3n_v_zero(), q3n_v_zero()};
     if (i + m < ch->n) {
@@ -308,7 +315,9 @@ static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, chunk 
   for (int m = 0; m < TALL; m++)
     for (int w = 0; w < WIDE; w++) q3n_v_store(u + m * PANEL + w * LANES, acc[m][w]);
 
-  state_product(acc, ch, ch->qt + i, s, a->K);
+  ask(&ch->ahead);
+  clear(acc);
+  product(acc, 0, ch->qt + i, 2 * C, s, PANEL, LANES, a->K);
   for (int m = 0; m < TALL; m++)
     for (int w = 0; w < WIDE; w++) acc[m][w] = q3n_v_mul(q3n_v_set(ch->start[i + m]), acc[m][w]);
   product(acc, 0, ch->pt + i, C, ch->u, PANEL, LANES, i);
@@ -348,7 +357,7 @@ static void panel_state(chunk *ch, float *s, int64_t K) {
       q3n_v_store(u, q3n_v_mul(q3n_v_set(ch->end[i]), q3n_v_load(u)));
     }
   for (int64_t c = 0; c < K; c += TALL) {
-    ask(ch);
+    if (c % (2 * TALL) == 0) ask(&ch->ahead);
     q3n_v acc[TALL][WIDE];
     for (int m = 0; m < TALL; m++)
       for (int w = 0; w < WIDE; w++) {
