@@ -371,8 +371,7 @@ static void panel_state(chunk *ch, float *s, int64_t K) {
   }
 }
 
-/* Head h of those that go together. */
-static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t h, int64_t t0, chunk *ch) {
+static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, float *state, int64_t t0, chunk *ch) {
   load_gates(a, x, t0, ch);
   if (a->gate == Q3N_GATE_CHANNEL)
     scores_channel_decay(ch, a->K);
@@ -380,7 +379,7 @@ static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t h
     scores_one_decay(ch);
   for (int64_t v0 = 0; v0 < a->V; v0 += PANEL) {
     const int64_t width = a->V - v0 < PANEL ? a->V - v0 : PANEL;
-    float *s = ch->s[h] + v0 * ch->P;
+    float *s = state + v0 * ch->P;
     for (int64_t i = 0; i < ch->n; i += TALL)
       panel_tokens(a, x, ch, s, t0, i, v0, q3n_v_first(width), q3n_v_first(width - LANES));
     if (x->snapshots) panel_snapshots(a, x, ch, s, t0, v0, width);
@@ -395,6 +394,15 @@ static void load_state(const q3n_gated_delta_args *a, const gd_head *x, const ch
     for (int64_t i = 0; i < ch->P * PANEL; i += LANES) q3n_v_store(s + i, q3n_v_zero());
     if (x->state_in) transpose(s, PANEL, x->state_in + v0 * a->state_v, a->state_v, width, a->K, 1);
   }
+}
+
+/* As `rows` >= V rows, those past V zeros. */
+static void store_state(const q3n_gated_delta_args *a, float *to, int64_t to_row, int64_t rows, const chunk *ch,
+                        const float *state) {
+  for (int64_t v0 = 0; v0 < a->V; v0 += PANEL)
+    transpose(to + v0 * to_row, to_row, state + v0 * ch->P, PANEL, a->K, a->V - v0 < PANEL ? a->V - v0 : PANEL, 0);
+  for (int64_t r = a->V; r < rows; r++)
+    for (int64_t c = 0; c < ch->P; c += LANES) q3n_v_store(to + r * to_row + c, q3n_v_zero());
 }
 
 static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch,
@@ -414,7 +422,6 @@ static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begi
       for (int64_t h = 0; h < g.heads; h++) gd_zero_output(a, x + h);
       continue;
     }
-    for (int64_t h = 0; h < g.heads && chunked > 0; h++) load_state(a, x + h, &ch, ch.s[h]);
     for (int64_t t0 = 0; t0 < chunked; t0 += C) {
       ch.n = chunked - t0 < C ? chunked - t0 : C;
       if (t0 + ch.n < T)
@@ -422,18 +429,20 @@ static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begi
       else
         set_ahead(&ch, a, &next, 0, g.heads);
       load_keys(a, x, t0, &ch);
-      for (int64_t h = 0; h < g.heads; h++) run_chunk(a, x + h, h, t0, &ch);
+      for (int64_t h = 0; h < g.heads; h++) {
+        float *state = ch.s[chunked > C ? h : 0]; /* after an only chunk the head is done, and its state's place free */
+        if (t0 == 0) load_state(a, x + h, &ch, state);
+        run_chunk(a, x + h, state, t0, &ch);
+        if (t0 + ch.n < chunked) continue;
+        if (chunked == T) {
+          if (x[h].state_out) store_state(a, x[h].state_out, a->state_v, V, &ch, state);
+        } else {
+          store_state(a, b.s, b.P, padded(V, ROWS), &ch, state);
+          run_rows(a, x + h, chunked, 0, V, 1, &b);
+        }
+      }
     }
-    for (int64_t h = 0; h < g.heads; h++) {
-      float *state = chunked < T ? b.s : x[h].state_out;
-      const int64_t row = chunked < T ? b.P : a->state_v;
-      for (int64_t v0 = 0; chunked > 0 && state && v0 < V; v0 += PANEL)
-        transpose(state + v0 * row, row, ch.s[h] + v0 * ch.P, PANEL, K, V - v0 < PANEL ? V - v0 : PANEL, 0);
-      /* The rows that pad b.s. */
-      for (int64_t r = V; chunked > 0 && chunked < T && r < padded(V, ROWS); r++)
-        for (int64_t c = 0; c < b.P; c += LANES) q3n_v_store(b.s + r * b.P + c, q3n_v_zero());
-      if (chunked < T || chunked == 0) run_rows(a, x + h, chunked, 0, V, chunked > 0, &b);
-    }
+    for (int64_t h = 0; h < g.heads && chunked == 0; h++) run_rows(a, x + h, 0, 0, V, 0, &b);
   }
   return Q3N_OK;
 }
