@@ -42,7 +42,7 @@ typedef struct chunk {
   ahead ahead;       /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
 } chunk;
 
-/* Value heads of one sequence that have the same keys and queries and go through its chunks together. */
+/* Value heads that have the same keys and queries and go through the chunks together. */
 typedef struct together {
   gd_head x[HEADS];
   int64_t heads;
@@ -52,7 +52,9 @@ static inline together find_together(const q3n_gated_delta_args *a, int64_t item
   together g = {.heads = 0};
   for (; g.heads < HEADS && item < end; item++, g.heads++) {
     const gd_head x = gd_find_head(a, item / a->HV, item % a->HV);
-    if (g.heads > 0 && (a->gate == Q3N_GATE_CHANNEL || x.T == 0 || x.k != g.x[0].k || x.q != g.x[0].q)) break;
+    const gd_head *first = g.x;
+    /* Tokens that have no stride begin where others do, so T is compared too. */
+    if (g.heads > 0 && (a->gate == Q3N_GATE_CHANNEL || x.T != first->T || x.k != first->k || x.q != first->q)) break;
     g.x[g.heads] = x;
   }
   return g;
@@ -92,7 +94,8 @@ static inline void set_ahead(chunk *ch, const q3n_gated_delta_args *a, const tog
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   const int64_t channel = a->gate == Q3N_GATE_CHANNEL ? 2 * C * P : 0;
-  return HEADS * P * VP + 4 * C * P + channel + 4 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
+  const int64_t chunks = HEADS * P * VP + 4 * C * P + channel + 4 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P);
+  return chunks + recurrent_floats(a);
 }
 
 static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float *at, block *b) {
