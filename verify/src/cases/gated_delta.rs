@@ -1432,7 +1432,8 @@ fn repeated(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
     let rng = &mut rng(seed);
     let unit: [Vec<f32>; 2] = [0, 1].map(|_| unit_vector(rng, kd).into_iter().map(|x| x as f32).collect());
     let [q, k] = unit;
-    let mut draw = |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(low..high)).collect() };
+    let mut draw =
+        |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(low..high)).collect() };
     let (v, g, beta) = (draw(t * hv * vd, -1.0, 1.0), draw(t * hv, -0.5, 0.0), draw(t * hv, 0.0, 1.0));
     let state = draw(lengths.len() * hv * vd * kd, -1.0, 1.0);
     let run = |q: &[f32], k: &[f32], strides: [usize; 4]| -> Result<(Vec<f32>, Vec<f32>), Failure> {
