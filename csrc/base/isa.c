@@ -20,6 +20,9 @@ uint32_t q3n_isa_detect(void) {
 #elif defined(__aarch64__)
   have |= 1u << Q3N_ISA_NEON;
 #endif
+#if defined(Q3N_CUDA_HOST)
+  have |= 1u << Q3N_ISA_CUDA_HOST;
+#endif
   return have;
 }
 
@@ -34,6 +37,7 @@ int32_t q3n_isa_available(q3n_isa isa) {
 }
 
 const char *q3n_isa_name(q3n_isa isa) {
-  static const char *const name[Q3N_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon"};
+  static const char *const name[Q3N_ISA_COUNT] = {"scalar",     "avx2", "avx512",   "avx512vnni",
+                                                    "avx512bf16", "neon", "cuda_host"};
   return (uint32_t)isa < Q3N_ISA_COUNT ? name[isa] : "";
 }
