@@ -19,7 +19,7 @@ pub struct ViewMut<'a, const R: usize, T = f32> {
 }
 
 /// Row-major strides of `shape`.
-fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
+pub(crate) fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
     let mut strides = [1usize; R];
     for i in (0..R.saturating_sub(1)).rev() {
         strides[i] = strides[i + 1].saturating_mul(shape[i + 1].max(1));
@@ -28,7 +28,7 @@ fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
 }
 
 /// `Ok` where every index of the view lies below `len` and its innermost axis is contiguous.
-fn fits<const R: usize>(len: usize, shape: [usize; R], strides: [usize; R]) -> Result<(), Error> {
+pub(crate) fn fits<const R: usize>(len: usize, shape: [usize; R], strides: [usize; R]) -> Result<(), Error> {
     if R > 0 && shape[R - 1] > 1 && strides[R - 1] != 1 {
         return Err(Error::argument("strides", format!("innermost stride is {}, expected 1", strides[R - 1])));
     }
@@ -131,7 +131,7 @@ impl<'a, const R: usize, T> ViewMut<'a, R, T> {
     }
 }
 
-fn expect<const R: usize>(arg: &'static str, got: [usize; R], expected: [usize; R]) -> Result<(), Error> {
+pub(crate) fn expect<const R: usize>(arg: &'static str, got: [usize; R], expected: [usize; R]) -> Result<(), Error> {
     if got == expected {
         return Ok(());
     }

@@ -66,7 +66,19 @@ fn main() {
     }
     code += "]\n";
     archive.compile("q3n_mutants");
+    #[cfg(feature = "cuda-host")]
+    executor(&csrc);
     write(&out.join("mutants.rs"), &code);
+}
+
+/// The kernels that the host executor of CUDA kernels is judged by.
+#[cfg(feature = "cuda-host")]
+fn executor(csrc: &Path) {
+    println!("cargo:rerun-if-changed=executor");
+    let mut build = cc::Build::new();
+    build.cpp(true).cpp_link_stdlib(None).std("c++17").opt_level(2).warnings(true).extra_warnings(true);
+    build.flags(["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off", "-x", "c++"]);
+    build.include(csrc).file("executor/kernels.cu").compile("q3n_executor");
 }
 
 /// `f` of every item, in order, on all cores.
