@@ -144,7 +144,7 @@ mod cuda {
         let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("set by cargo"));
         let nvcc = root.join("bin/nvcc");
         let mut sources = in_rooms(csrc, "cu");
-        sources.push(csrc.join("cuda/runtime.cu"));
+        sources.push(csrc.join("cuda/driver/runtime.cu"));
         for source in sources {
             let stem = source.file_stem().expect("listed by extension").to_string_lossy().into_owned();
             let object = out.join(format!("{stem}.cu.o"));
@@ -188,8 +188,7 @@ mod cuda {
             fail(&format!("Q3N_CUDA_ARCHS: {unknown} is none of {}", ARCHS.join(",")));
         }
         let Some(first) = chosen.first() else { fail("Q3N_CUDA_ARCHS is empty") };
-        let mut codes: Vec<String> =
-            chosen.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
+        let mut codes: Vec<String> = chosen.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
         if !first.ends_with('a') {
             codes.push(format!("-gencode=arch=compute_{first},code=compute_{first}"));
         }
@@ -207,7 +206,10 @@ mod cuda {
         let mut roots = named.chain(on_path).chain([manifest.join(INSTALLED)]);
         roots.find(|root| root.join("bin/nvcc").is_file()).unwrap_or_else(|| {
             let script = manifest.join("csrc/cuda/install-nvcc.sh");
-            fail(&format!("feature `cuda` needs nvcc, which none of CUDA_PATH, CUDA_ROOT and PATH leads to; run\n\n    {}\n", script.display()))
+            fail(&format!(
+                "feature `cuda` needs nvcc, which none of CUDA_PATH, CUDA_ROOT and PATH leads to; run\n\n    {}\n",
+                script.display()
+            ))
         })
     }
 
@@ -223,7 +225,8 @@ mod cuda {
             .filter(|w| w.strip_prefix("cu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_uppercase())))
             .collect();
         let rows: String = names.iter().enumerate().map(|(i, name)| format!("X({i}, {name})\n")).collect();
-        std::fs::write(out.join("driver_symbols.inc"), rows).unwrap_or_else(|e| fail(&format!("{}: {e}", out.display())));
+        std::fs::write(out.join("driver_symbols.inc"), rows)
+            .unwrap_or_else(|e| fail(&format!("{}: {e}", out.display())));
     }
 
     /// Ends the build with this message alone.

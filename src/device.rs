@@ -12,11 +12,11 @@
 //! let device = Device::open(0)?;
 //! let (stream, x) = (device.stream()?, device.upload(&[1.0f32; 4096])?);
 //! let mut y = device.zeros::<f32>(4096)?;
-//! norm::run_cuda(
-//!     norm::DeviceArgs {
+//! norm::cuda::run(
+//!     norm::cuda::Args {
 //!         y: y.view_mut([2, 1, 2048])?,
 //!         x: Some(x.view([2, 1, 2048])?),
-//!         kind: norm::DeviceKind::L2,
+//!         kind: norm::cuda::Kind::L2,
 //!         eps: 1e-6,
 //!     },
 //!     &stream,
@@ -26,7 +26,7 @@
 //! # }
 //! ```
 
-use crate::view::{expect, fits, packed};
+use crate::view::{expect, fits, packed, Array};
 use crate::{ffi, Error};
 use cust::context::{Context, ContextHandle, CurrentContext};
 use cust::error::CudaError;
@@ -248,6 +248,35 @@ impl<T: Element> Drop for Buffer<T> {
     }
 }
 
+impl Device {
+    /// Indices for operators: positions, pool entries, starts of sequences.
+    pub fn indices(&self, values: &[i64]) -> Result<Indices, Error> {
+        Ok(Indices { host: values.into(), device: self.upload(values)? })
+    }
+}
+
+/// Indices that a device reads, with the copy that the checks of a call read: they never change.
+#[derive(Debug)]
+pub struct Indices {
+    host: Box<[i64]>,
+    device: Buffer<i64>,
+}
+
+impl Indices {
+    pub(crate) fn host(&self) -> &[i64] {
+        &self.host
+    }
+
+    /// Address in the device's memory.
+    pub(crate) fn at(&self) -> *const i64 {
+        self.device.address()
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device.device
+    }
+}
+
 macro_rules! device_view {
     ($(#[$doc:meta])* $name:ident, $pointer:ty) => {
         $(#[$doc])*
@@ -280,9 +309,11 @@ macro_rules! device_view {
                 Some(self.device)
             }
 
-            /// Error naming `arg` unless the shape is `expected`.
-            pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
-                expect(arg, self.shape, expected)
+        }
+
+        impl<const R: usize> From<&$name<'_, R>> for Array<R> {
+            fn from(view: &$name<R>) -> Self {
+                Array { at: view.at, shape: view.shape, strides: view.strides.map(|s| s as i64) }
             }
         }
     };
@@ -295,6 +326,13 @@ device_view! {
 device_view! {
     /// A writable view of `R` axes of a [`Buffer`], as [`crate::ViewMut`].
     DeviceViewMut, &'a mut Buffer<T>
+}
+
+impl<const R: usize, T: Element> DeviceView<'_, R, T> {
+    /// Error naming `arg` unless the shape is `expected`.
+    pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
+        expect(arg, self.shape, expected)
+    }
 }
 
 impl<const R: usize, T: Element> Clone for DeviceView<'_, R, T> {

@@ -1400,6 +1400,30 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda(
+        args: *const q3n_moe_route_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_scratch_bytes(args: *const q3n_moe_route_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_host_items(args: *const q3n_moe_route_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_host_scratch_bytes(args: *const q3n_moe_route_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_host(
+        args: *const q3n_moe_route_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_group_args {
@@ -2773,5 +2797,29 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda(
+        args: *const q3n_solve_tri_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_scratch_bytes(args: *const q3n_solve_tri_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_host_items(args: *const q3n_solve_tri_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_host_scratch_bytes(args: *const q3n_solve_tri_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_host(
+        args: *const q3n_solve_tri_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }

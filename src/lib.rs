@@ -35,7 +35,7 @@
 //! | [`solve_tri`] | batched triangular solve and inverse |
 //!
 //! With the feature `cuda`, `device` holds devices, streams and buffers, and the modules of operators with CUDA kernels a
-//! `run_cuda` beside `run`.
+//! module `cuda` whose `run` is theirs on a device (so far: gated_delta, norm).
 //!
 //! [`isa`] tells what the CPU offers and narrows it; [`dtype`] lists element types; [`operator`] holds what all
 //! operators share.

@@ -138,6 +138,33 @@ pub(crate) fn expect<const R: usize>(arg: &'static str, got: [usize; R], expecte
     Err(Error::Shape { arg, got: got.to_vec(), expected: expected.to_vec() })
 }
 
+/// Where a view lies and how, on the CPU or a device, without its life: what the C side takes. Nobody reads through it.
+#[derive(Clone, Copy)]
+pub(crate) struct Array<const R: usize> {
+    pub at: *mut f32,
+    pub shape: [usize; R],
+    pub strides: [i64; R],
+}
+
+impl<const R: usize> Array<R> {
+    /// Error naming `arg` unless the shape is `expected`.
+    pub fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
+        expect(arg, self.shape, expected)
+    }
+}
+
+impl<const R: usize> From<&View<'_, R>> for Array<R> {
+    fn from(view: &View<R>) -> Self {
+        Array { at: view.as_ptr().cast_mut(), shape: view.shape, strides: view.strides.map(|s| s as i64) }
+    }
+}
+
+impl<const R: usize> From<&mut ViewMut<'_, R>> for Array<R> {
+    fn from(view: &mut ViewMut<R>) -> Self {
+        Array { at: view.as_mut_ptr(), shape: view.shape, strides: view.strides.map(|s| s as i64) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -104,7 +104,7 @@ static inline dim3 q3n_dim3(q3n_dims d) { return dim3((unsigned)d.x, (unsigned)d
 /* Q3N_LAUNCH(kernel, (arguments), grid, block, dynamic_bytes, stream): a q3n_status. A grid without blocks does
    nothing; one over the limits is refused, never cut. A template's name with a comma goes in parentheses. */
 #if defined(__CUDACC__)
-extern "C" q3n_status q3n_cuda_failed(cudaError_t error); /* runtime.cu */
+extern "C" q3n_status q3n_cuda_failed(cudaError_t error); /* driver/runtime.cu */
 template <class K, class F>
 static q3n_status q3n_launch(K kernel, q3n_dims grid, q3n_dims block, int64_t bytes, const F &start) {
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return Q3N_OK;

@@ -1,7 +1,7 @@
 /* The text of a failure of the CUDA runtime. */
 #include <stdio.h>
 
-#include "launch.cuh"
+#include "../launch.cuh"
 
 static __thread char text[256];
 
