@@ -57,7 +57,8 @@ fn launches_of_many_threads_do_not_disturb_each_other() {
         for _ in 0..4 {
             scope.spawn(|| {
                 // SAFETY: as above. Right kernels write only arrays of their own.
-                let right = (0..unsafe { q3n_executor_count() }).filter(|&i| unsafe { q3n_executor_found(i) }.is_null());
+                let right =
+                    (0..unsafe { q3n_executor_count() }).filter(|&i| unsafe { q3n_executor_found(i) }.is_null());
                 right.cycle().take(60).for_each(|i| judge(i).unwrap());
             });
         }
