@@ -410,7 +410,7 @@ pub const CATALOGUE: &[Mutant] = &[
         )],
     ),
     cuda(
-        "22d",
+        "22c",
         "a vector is read where the row ends within it",
         "norm",
         "cuda_host",
