@@ -56,13 +56,15 @@ template <class V, class T> static inline void q3n_store(q3n_host::pointer<T> p,
   q3n_host::store<V>(p, v, {file, line});
 }
 template <class V, class T> static inline V q3n_load(const T *p, Q3N_AT) {
-  if ((uintptr_t)p % sizeof(V)) q3n_host::fail({file, line}, "misaligned: a vector of %d bytes in global memory", (int)sizeof(V));
+  if ((uintptr_t)p % sizeof(V))
+    q3n_host::fail({file, line}, "misaligned: a vector of %d bytes in global memory", (int)sizeof(V));
   V v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 template <class V, class T> static inline void q3n_store(T *p, V v, Q3N_AT) {
-  if ((uintptr_t)p % sizeof(V)) q3n_host::fail({file, line}, "misaligned: a vector of %d bytes in global memory", (int)sizeof(V));
+  if ((uintptr_t)p % sizeof(V))
+    q3n_host::fail({file, line}, "misaligned: a vector of %d bytes in global memory", (int)sizeof(V));
   memcpy(p, &v, sizeof v);
 }
 #endif

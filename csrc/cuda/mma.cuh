@@ -55,7 +55,8 @@ template <float (*value)(uint16_t)> void finish_mma(lane_call *const *lane, unsi
   for (int l = 0; l < 32; l++) {
     const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
     const int group = l / 4, member = l % 4;
-    for (int i = 0; i < 8; i++) a[group + i / 2 % 2 * 8][2 * member + i / 4 * 8 + i % 2] = value((uint16_t)(f.a[i / 2] >> i % 2 * 16));
+    for (int i = 0; i < 8; i++)
+      a[group + i / 2 % 2 * 8][2 * member + i / 4 * 8 + i % 2] = value((uint16_t)(f.a[i / 2] >> i % 2 * 16));
     for (int i = 0; i < 4; i++) b[2 * member + i / 2 * 8 + i % 2][group] = value((uint16_t)(f.b[i / 2] >> i % 2 * 16));
   }
   for (int l = 0; l < 32; l++) {
@@ -79,10 +80,12 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const fl
 
 } /* namespace q3n_host */
 
-static inline void q3n_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], Q3N_AT) {
+static inline void q3n_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                                Q3N_AT) {
   q3n_host::mma<q3n_bf16_to_f32>(d, a, b, c, {file, line});
 }
-static inline void q3n_mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], Q3N_AT) {
+static inline void q3n_mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                               Q3N_AT) {
   q3n_host::mma<q3n_f16_to_f32>(d, a, b, c, {file, line});
 }
 static inline uint32_t q3n_pack_bf16(float low, float high) {

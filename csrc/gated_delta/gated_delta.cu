@@ -39,7 +39,8 @@ __device__ __forceinline__ head find_head(const q3n_gated_delta_args &a, int64_t
 /* The channels of a lane: four neighbours, LANES * 4 further four more, N times. Those past K are 0.
    WHOLE: there are none, and every row of q, k, g and states is aligned to 16 bytes. Which lane has which channel does
    not depend on it: the same bits from any layout. */
-template <int LANES, int N, bool WHOLE> __device__ __forceinline__ void load(float (&x)[4 * N], const float *row, int lane, int64_t K) {
+template <int LANES, int N, bool WHOLE>
+__device__ __forceinline__ void load(float (&x)[4 * N], const float *row, int lane, int64_t K) {
   Q3N_UNROLL
   for (int n = 0; n < N; n++) {
     const int64_t c = 4 * (lane + n * LANES);
@@ -53,7 +54,8 @@ template <int LANES, int N, bool WHOLE> __device__ __forceinline__ void load(flo
   }
 }
 
-template <int LANES, int N, bool WHOLE> __device__ __forceinline__ void store(float *row, const float (&x)[4 * N], int lane, int64_t K) {
+template <int LANES, int N, bool WHOLE>
+__device__ __forceinline__ void store(float *row, const float (&x)[4 * N], int lane, int64_t K) {
   Q3N_UNROLL
   for (int n = 0; n < N; n++) {
     const int64_t c = 4 * (lane + n * LANES);
@@ -80,7 +82,8 @@ template <int N, bool CHANNEL> struct token {
 };
 
 template <int LANES, int N, bool CHANNEL, bool WHOLE>
-__device__ __forceinline__ void read(token<N, CHANNEL> &x, const q3n_gated_delta_args &a, const head &at, int64_t t, int64_t row, int lane) {
+__device__ __forceinline__ void read(token<N, CHANNEL> &x, const q3n_gated_delta_args &a, const head &at, int64_t t,
+                                     int64_t row, int lane) {
   load<LANES, N, WHOLE>(x.k, at.k + t * a.k_t, lane, a.K);
   load<LANES, N, WHOLE>(x.q, at.q + t * a.q_t, lane, a.K);
   if constexpr (CHANNEL)

@@ -14,7 +14,9 @@ constexpr unsigned ALL = 0xffffffffu;
 /* As in moe_scalar.c: exponentials are added as integers, which has one result in any order. */
 constexpr float UNIT = 140737488355328.0f; /* 2^47 */
 
-__device__ __forceinline__ float unnormalized(float logit, float max) { return logit == max ? 1.0f : expf(logit - max); }
+__device__ __forceinline__ float unnormalized(float logit, float max) {
+  return logit == max ? 1.0f : expf(logit - max);
+}
 
 struct choice {
   float logit;

@@ -1,6 +1,6 @@
-/* A block has 32 columns of one right-hand side and solves panels of 16 rows: all warps take away what the finished rows
-   give, two rows a warp, then one warp substitutes within the panel, a lane a column. The finished rows stay in shared
-   memory. The sums run over j upwards, as in solve_tri_scalar.c, fused. */
+/* A block has 32 columns of one right-hand side and solves panels of 16 rows: all warps take away what the finished
+   rows give, two rows a warp, then one warp substitutes within the panel, a lane a column. The finished rows stay in
+   shared memory. The sums run over j upwards, as in solve_tri_scalar.c, fused. */
 #include "../cuda/launch.cuh"
 
 extern "C" {

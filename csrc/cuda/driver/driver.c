@@ -1,6 +1,6 @@
-/* The CUDA driver's functions, each a jump to what libcuda.so.1 has under that name: the library is opened when the first
-   is called, so that a program built with `cuda` starts, and says what is missing, where there is no driver. The list is
-   made from cuda.h by build.rs: X(number, name). */
+/* The CUDA driver's functions, each a jump to what libcuda.so.1 has under that name: the library is opened when the
+   first is called, so that a program built with `cuda` starts, and says what is missing, where there is no driver. The
+   list is made from cuda.h by build.rs: X(number, name). */
 #include <dlfcn.h>
 #include <stdatomic.h>
 #include <stdio.h>

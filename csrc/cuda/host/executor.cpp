@@ -142,7 +142,8 @@ void barrier(place at) {
 void warp(unsigned mask, finish op, int parameter, int width, const void *in, int bytes, void *out, place at) {
   thread *t = now.self, *lanes = here->threads + t->warp * 32;
   const int present = here->count - t->warp * 32 < 32 ? here->count - t->warp * 32 : 32;
-  if (!(mask >> t->lane & 1u)) fail(at, "warp operation: lane %d calls it with a mask %08x without itself", t->lane, mask);
+  if (!(mask >> t->lane & 1u))
+    fail(at, "warp operation: lane %d calls it with a mask %08x without itself", t->lane, mask);
   t->call = {op, mask, parameter, width, bytes, in, out, at};
   lane_call *calls[32] = {};
   bool complete = true;
@@ -152,7 +153,8 @@ void warp(unsigned mask, finish op, int parameter, int width, const void *in, in
     thread *other = lanes + i;
     calls[i] = &other->call;
     if (other == t) continue;
-    if (other->state == thread::DONE) fail(at, "warp operation: the mask %08x names lane %d, which has returned", mask, i);
+    if (other->state == thread::DONE)
+      fail(at, "warp operation: the mask %08x names lane %d, which has returned", mask, i);
     if (other->state != thread::AT_WARP) {
       complete = false;
     } else if (other->call.op != op || other->call.mask != mask || !same(other->at, at)) {
@@ -232,7 +234,8 @@ void on_read(array *a, int64_t first, int64_t n, place at) {
   const uint16_t warp_epoch = here->warp_epoch[t->warp];
   for (int64_t i = first; i < first + n; i++) {
     shadow &s = a->words[i];
-    if (s.write_epoch < here->block_epoch) fail(at, "uninitialised: %s[%lld] is read before any write", a->name, (long long)i);
+    if (s.write_epoch < here->block_epoch)
+      fail(at, "uninitialised: %s[%lld] is read before any write", a->name, (long long)i);
     if (write_races(s, t)) race(a, i, "read", "written", s.writer, s.write_line, at);
     if (s.read_epoch != here->epoch) {
       s.many_lanes = s.many_warps = false;
@@ -272,7 +275,8 @@ void on_write(array *a, int64_t first, int64_t n, place at) {
 void on_atomic(array *a, int64_t i, place at) {
   in_bounds(a, i, 1, at);
   shadow &s = a->words[i];
-  if (s.write_epoch < here->block_epoch) fail(at, "uninitialised: %s[%lld] is updated before any write", a->name, (long long)i);
+  if (s.write_epoch < here->block_epoch)
+    fail(at, "uninitialised: %s[%lld] is updated before any write", a->name, (long long)i);
   if (write_races(s, now.self) && !s.atomic) race(a, i, "updated", "written", s.writer, s.write_line, at);
   if (read_races(s, now.self)) race(a, i, "updated", "read", s.reader, s.read_line, at);
   wrote(s, true, at);
@@ -333,7 +337,8 @@ static bool resolve(workspace *w) {
     if (t->state != thread::AT_WARP) continue;
     for (int lane = 0; lane < 32; lane++) {
       const thread *other = w->threads + t->warp * 32 + lane;
-      if (!(t->call.mask >> lane & 1u) || (other->state == thread::AT_WARP && other->call.mask == t->call.mask)) continue;
+      if (!(t->call.mask >> lane & 1u)) continue;
+      if (other->state == thread::AT_WARP && other->call.mask == t->call.mask) continue;
       if (other->state == thread::DONE)
         stuck(t, t->at, "warp operation: the mask %08x names lane %d, which has returned", t->call.mask, lane);
       else

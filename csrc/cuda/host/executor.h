@@ -172,7 +172,8 @@ template <class T> struct pointer {
 /* The N elements of U from p on, as one access, which must be aligned as the vector it is on a GPU. */
 template <class V, class T> V load(pointer<T> p, place at) {
   const int64_t n = (int64_t)(sizeof(V) / sizeof(T));
-  if (p.i % n != 0) fail(at, "misaligned: %s[%lld] is read as a vector of %lld", p.a->name, (long long)p.i, (long long)n);
+  if (p.i % n != 0)
+    fail(at, "misaligned: %s[%lld] is read as a vector of %lld", p.a->name, (long long)p.i, (long long)n);
   on_read(p.a, p.i, n, at);
   V v;
   memcpy(&v, p.a->data + p.i * (int64_t)sizeof(T), sizeof v);
@@ -180,7 +181,8 @@ template <class V, class T> V load(pointer<T> p, place at) {
 }
 template <class V, class T> void store(pointer<T> p, V v, place at) {
   const int64_t n = (int64_t)(sizeof(V) / sizeof(T));
-  if (p.i % n != 0) fail(at, "misaligned: %s[%lld] is written as a vector of %lld", p.a->name, (long long)p.i, (long long)n);
+  if (p.i % n != 0)
+    fail(at, "misaligned: %s[%lld] is written as a vector of %lld", p.a->name, (long long)p.i, (long long)n);
   on_write(p.a, p.i, n, at);
   memcpy(p.a->data + p.i * (int64_t)sizeof(T), &v, sizeof v);
 }
@@ -191,7 +193,8 @@ inline void exchange(lane_call *const *lane, unsigned mask, int (*source)(int la
     if (mask >> i & 1u) {
       const lane_call &call = *lane[i];
       const int from = source(i, call.parameter, call.width);
-      if (!(mask >> from & 1u)) fail(call.at, "lane %d reads lane %d, which the mask %08x does not name", i, from, mask);
+      if (!(mask >> from & 1u))
+        fail(call.at, "lane %d reads lane %d, which the mask %08x does not name", i, from, mask);
       memcpy(call.out, lane[from]->in, (size_t)call.bytes);
     }
 }
@@ -217,7 +220,8 @@ inline void finish_ballot(lane_call *const *lane, unsigned mask) {
 
 template <class T> T shuffle(unsigned mask, finish op, T value, int parameter, int width, place at) {
   T out = value;
-  if (width < 1 || width > 32 || (width & (width - 1))) fail(at, "a width of %d lanes is no power of two up to 32", width);
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail(at, "a width of %d lanes is no power of two up to 32", width);
   warp(mask, op, parameter, width, &value, (int)sizeof value, &out, at);
   return out;
 }
