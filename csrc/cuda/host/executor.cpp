@@ -45,6 +45,7 @@ struct workspace {
   thread threads[MAX_THREADS];
   int count;
   uint16_t warp_epoch[MAX_WARPS];
+  unsigned waiting[MAX_WARPS], gone[MAX_WARPS]; /* lanes at a warp operation; lanes that have returned */
   array arrays[MAX_ARRAYS];
   int array_count;
   int64_t dynamic_bytes, memory_used, words_used;
@@ -131,7 +132,7 @@ __attribute__((format(printf, 3, 4))) static void stuck(const thread *t, place a
   va_end(args);
 }
 
-static bool same(place a, place b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+static bool same(place a, place b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
 
 void barrier(place at) {
   now.self->state = thread::AT_BARRIER;
@@ -144,33 +145,33 @@ void warp(unsigned mask, finish op, int parameter, int width, const void *in, in
   const int present = here->count - t->warp * 32 < 32 ? here->count - t->warp * 32 : 32;
   if (!(mask >> t->lane & 1u))
     fail(at, "warp operation: lane %d calls it with a mask %08x without itself", t->lane, mask);
+  if (present < 32 && mask >> present)
+    fail(at, "warp operation: the mask %08x names lanes from %d on, which the block has not", mask, present);
+  if (mask & here->gone[t->warp])
+    fail(at, "warp operation: the mask %08x names lane %d, which has returned", mask,
+         __builtin_ctz(mask & here->gone[t->warp]));
   t->call = {op, mask, parameter, width, bytes, in, out, at};
-  lane_call *calls[32] = {};
-  bool complete = true;
-  for (int i = 0; i < 32; i++) {
-    if (!(mask >> i & 1u)) continue;
-    if (i >= present) fail(at, "warp operation: the mask %08x names lane %d, the warp has %d", mask, i, present);
-    thread *other = lanes + i;
-    calls[i] = &other->call;
-    if (other == t) continue;
-    if (other->state == thread::DONE)
-      fail(at, "warp operation: the mask %08x names lane %d, which has returned", mask, i);
-    if (other->state != thread::AT_WARP) {
-      complete = false;
-    } else if (other->call.op != op || other->call.mask != mask || !same(other->at, at)) {
-      if (other->call.mask >> t->lane & 1u)
-        fail(at, "warp operation: lane %d waits at another one (%s:%d, mask %08x; here %08x)", i, other->at.file,
-             other->at.line, other->call.mask, mask);
-      complete = false;
-    }
+  const unsigned others = mask & ~(1u << t->lane);
+  bool complete = (here->waiting[t->warp] & others) == others;
+  lane_call *calls[32];
+  for (int i = 0; complete && i < 32; i++) {
+    const thread *other = lanes + i;
+    calls[i] = mask >> i & 1u ? &lanes[i].call : nullptr;
+    if (!calls[i] || other == t || (other->call.op == op && other->call.mask == mask && same(other->at, at))) continue;
+    if (other->call.mask >> t->lane & 1u)
+      fail(at, "warp operation: lane %d waits at another one (%s:%d, mask %08x; here %08x)", i, other->at.file,
+           other->at.line, other->call.mask, mask);
+    complete = false; /* it waits for others, and may still come here */
   }
   if (!complete) {
     t->state = thread::AT_WARP;
     t->at = at;
+    here->waiting[t->warp] |= 1u << t->lane;
     to_scheduler();
     return;
   }
   op(calls, mask);
+  here->waiting[t->warp] &= ~mask;
   for (int i = 0; i < present; i++)
     if (mask >> i & 1u) lanes[i].state = thread::READY;
 }
@@ -310,6 +311,7 @@ void copy_wait(int groups) {
 static void fiber_main() {
   here->body(here->context);
   now.self->state = thread::DONE;
+  here->gone[now.self->warp] |= 1u << now.self->lane;
   to_scheduler();
 }
 
@@ -372,6 +374,8 @@ static bool run_block(workspace *w) {
   w->memory_used = w->dynamic_bytes;
   w->block_epoch = ++w->epoch;
   memset(w->warp_epoch, 0, sizeof w->warp_epoch);
+  memset(w->waiting, 0, sizeof w->waiting);
+  memset(w->gone, 0, sizeof w->gone);
   for (int i = 0; i < w->count; i++) {
     thread *t = w->threads + i;
     t->state = thread::READY;
