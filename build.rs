@@ -17,6 +17,7 @@ const FLAGS: &[(&str, &str, &str)] = &[
         "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16",
     ),
     ("aarch64", "_neon", ""),
+    ("aarch64", "_neondot", "-march=armv8.2-a+dotprod"),
 ];
 
 fn main() {

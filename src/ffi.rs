@@ -47,8 +47,9 @@ pub const Q3N_ISA_AVX512: q3n_isa = 2;
 pub const Q3N_ISA_AVX512VNNI: q3n_isa = 3;
 pub const Q3N_ISA_AVX512BF16: q3n_isa = 4;
 pub const Q3N_ISA_NEON: q3n_isa = 5;
-pub const Q3N_ISA_CUDA_HOST: q3n_isa = 6;
-pub const Q3N_ISA_COUNT: q3n_isa = 7;
+pub const Q3N_ISA_NEONDOT: q3n_isa = 6;
+pub const Q3N_ISA_CUDA_HOST: q3n_isa = 7;
+pub const Q3N_ISA_COUNT: q3n_isa = 8;
 pub type q3n_isa = ::core::ffi::c_uint;
 unsafe extern "C" {
     pub fn q3n_isa_detect() -> u32;

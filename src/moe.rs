@@ -44,20 +44,43 @@ pub struct Routing {
     offsets: Vec<i64>,
 }
 
+impl Default for Routing {
+    /// No tokens, no experts.
+    fn default() -> Self {
+        Routing { tokens: 0, experts: 0, top_k: 0, ids: Vec::new(), weights: None, order: Vec::new(), offsets: vec![0] }
+    }
+}
+
 impl Routing {
     /// Routes `logits` `[T][E]`: softmax over all experts, the `top_k` largest, ties to the lower index; `normalize`
     /// divides the weights by their sum. Errors: [`Error::Nan`] with the lowest token that has a NaN logit;
     /// `top_k` outside 1..=E.
     pub fn route(logits: View<2>, top_k: usize, normalize: bool, exec: &Exec<route::Op>) -> Result<Self, Error> {
+        let mut routing = Self::default();
+        routing.route_again(logits, top_k, normalize, exec)?;
+        Ok(routing)
+    }
+
+    /// As [`route`](Self::route), in the memory of a routing that is no longer needed. After an error it has no tokens.
+    pub fn route_again(
+        &mut self,
+        logits: View<2>,
+        top_k: usize,
+        normalize: bool,
+        exec: &Exec<route::Op>,
+    ) -> Result<(), Error> {
         let [tokens, experts] = logits.shape();
         if top_k == 0 || top_k > experts {
+            self.clear();
             return Err(Error::argument("top_k", format!("{top_k} of {experts} experts")));
         }
-        let pairs = pairs(tokens, top_k)?;
-        let (mut ids, mut weights) = (vec![0; pairs], vec![0.0; pairs]);
-        let args = route::Args { ids: &mut ids, weights: &mut weights, logits, top_k, normalize };
-        route::run(args, exec)?;
-        Self::from_ids(experts, top_k, ids, Some(weights))
+        self.refill(experts, top_k, |ids, weights| {
+            let pairs = pairs(tokens, top_k)?;
+            ids.resize(pairs, 0);
+            weights.get_or_insert_default().resize(pairs, 0.0);
+            let weights = weights.as_mut().map_or(&mut [][..], |w| w.as_mut_slice());
+            route::run(route::Args { ids, weights, logits, top_k, normalize }, exec)
+        })
     }
 
     /// Routing by the caller's choice: `ids` `[T][top_k]` below `experts`, `weights` of the same length (`None`: all
@@ -69,17 +92,64 @@ impl Routing {
         if let Some(n) = weights.as_ref().map(Vec::len).filter(|&n| n != ids.len()) {
             return Err(Error::argument("weights", format!("{n} weights for {} ids", ids.len())));
         }
-        if experts > MAX_EXPERTS {
-            return Err(Error::argument("E", format!("{experts} experts, at most {MAX_EXPERTS}")));
-        }
-        let (mut order, mut offsets) = (vec![0; ids.len()], vec![0; experts + 1]);
-        group::run(group::Args { order: &mut order, offsets: &mut offsets, ids: &ids, top_k }, &Exec::default())?;
-        Ok(Routing { tokens: ids.len() / top_k, experts, top_k, ids, weights, order, offsets })
+        let mut routing = Self::default();
+        routing.refill(experts, top_k, |own_ids, own_weights| {
+            (*own_ids, *own_weights) = (ids, weights);
+            Ok(())
+        })?;
+        Ok(routing)
     }
 
     /// Every token to the only expert, with a weight a token (`None`: 1): the shared expert, a dense feed-forward.
     pub fn dense(tokens: usize, weights: Option<Vec<f32>>) -> Result<Self, Error> {
         Self::from_ids(1, 1, vec![0; tokens], weights)
+    }
+
+    /// As [`dense`](Self::dense) with these weights, in the memory of a routing that is no longer needed. After an
+    /// error it has no tokens.
+    pub fn dense_again(&mut self, weights: impl ExactSizeIterator<Item = f32>) -> Result<(), Error> {
+        self.refill(1, 1, |ids, own| {
+            ids.resize(weights.len(), 0);
+            own.get_or_insert_default().extend(weights);
+            Ok(())
+        })
+    }
+
+    /// No tokens, no experts.
+    fn clear(&mut self) {
+        (self.tokens, self.experts, self.top_k) = (0, 0, 0);
+        self.ids.clear();
+        self.weights.iter_mut().for_each(Vec::clear);
+        self.order.clear();
+        self.offsets.clear();
+        self.offsets.push(0);
+    }
+
+    /// Empties ids and weights, has `fill` fill them, and groups them. After an error there are no tokens.
+    fn refill(
+        &mut self,
+        experts: usize,
+        top_k: usize,
+        fill: impl FnOnce(&mut Vec<i32>, &mut Option<Vec<f32>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.clear();
+        let filled = if experts > MAX_EXPERTS {
+            Err(Error::argument("E", format!("{experts} experts, at most {MAX_EXPERTS}")))
+        } else {
+            fill(&mut self.ids, &mut self.weights)
+        };
+        let grouped = filled.and_then(|()| {
+            self.order.resize(self.ids.len(), 0);
+            self.offsets.resize(experts + 1, 0);
+            let args = group::Args { order: &mut self.order, offsets: &mut self.offsets, ids: &self.ids, top_k };
+            group::run(args, &Exec::default())
+        });
+        if grouped.is_err() {
+            self.clear();
+        } else {
+            (self.tokens, self.experts, self.top_k) = (self.ids.len() / top_k, experts, top_k);
+        }
+        grouped
     }
 
     /// Number of tokens.

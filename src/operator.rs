@@ -149,7 +149,7 @@ impl<O: Operator> Exec<O> {
         match parts {
             1 => run(0),
             // The first failing part decides, whatever the order they ran in.
-            _ => (0..parts).into_par_iter().map(run).collect::<Vec<_>>().into_iter().collect(),
+            _ => (0..parts).into_par_iter().map(run).reduce(|| Ok(()), Result::and),
         }
     }
 }

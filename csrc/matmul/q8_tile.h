@@ -14,7 +14,8 @@ enum { Q3N_Q8_TOKENS = 10 };
 typedef void q3n_q8_tile(float *y, const uint8_t *w0, const uint8_t *w1, const uint8_t *const *x, int64_t blocks,
                          const uint8_t *next);
 
-/* The tile of `tokens` (1 .. Q3N_Q8_TOKENS) rows for weights of a (row) dtype; NULL where there is none. */
-q3n_q8_tile *q3n_q8_tile_avx512vnni(q3n_dtype dtype, int64_t tokens);
+/* The tile of `tokens` (1 to 6, 8 or 10) rows for weights of a (row) dtype; NULL where there is none. */
+typedef q3n_q8_tile *q3n_q8_tile_of(q3n_dtype dtype, int64_t tokens);
+q3n_q8_tile_of q3n_q8_tile_avx512vnni, q3n_q8_tile_avx2, q3n_q8_tile_neon, q3n_q8_tile_neondot;
 
 #endif

@@ -6,25 +6,14 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-enum { Q3N_LANES = 16 };
+enum { Q3N_LANES = 16, Q3N_REGISTERS = 32 };
 typedef __m512 q3n_v;
 typedef __mmask16 q3n_v_mask;
 
-/* Elements 16 i .. 16 i + 15 of a row of n, the missing ones 0; and the mask that names the present ones. */
+/* The mask of the present ones among elements 16 i .. 16 i + 15 of a row of n. */
 static inline __mmask16 q3n_mask16(int64_t n, int64_t i) {
   const int64_t left = n - 16 * i;
   return left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
-}
-
-/* The sums of four vectors, each in the same order: halves, quarters, pairs. */
-static inline __m128 q3n_sum4x16(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 x[4] = {a, b, c, d};
-  __m128 y[4];
-  for (int i = 0; i < 4; i++) {
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
-    y[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  return _mm_hadd_ps(_mm_hadd_ps(y[0], y[1]), _mm_hadd_ps(y[2], y[3]));
 }
 
 /* The first n lanes, n of any size. */
@@ -39,6 +28,14 @@ static inline void q3n_v_store(float *p, q3n_v x) { _mm512_storeu_ps(p, x); }
 /* Only the lanes of the mask are touched in memory; the others load as 0. */
 static inline q3n_v q3n_v_load_some(q3n_v_mask m, const float *p) { return _mm512_maskz_loadu_ps(m, p); }
 static inline void q3n_v_store_some(float *p, q3n_v_mask m, q3n_v x) { _mm512_mask_storeu_ps(p, m, x); }
+/* x in a register: of a vector that is used several times gcc would make as many operands in memory. */
+static inline q3n_v q3n_v_keep(q3n_v x) {
+  __asm__("" : "+v"(x));
+  return x;
+}
+/* A vector, or the `left` > 0 lanes that are left of a row. */
+static inline q3n_v q3n_v_load_upto(const float *p, int64_t left) { return q3n_v_load_some(q3n_v_first(left), p); }
+static inline void q3n_v_store_upto(float *p, int64_t left, q3n_v x) { q3n_v_store_some(p, q3n_v_first(left), x); }
 static inline q3n_v q3n_v_add(q3n_v x, q3n_v y) { return _mm512_add_ps(x, y); }
 static inline q3n_v q3n_v_sub(q3n_v x, q3n_v y) { return _mm512_sub_ps(x, y); }
 static inline q3n_v q3n_v_mul(q3n_v x, q3n_v y) { return _mm512_mul_ps(x, y); }
@@ -48,6 +45,30 @@ static inline q3n_v q3n_v_fma(q3n_v x, q3n_v y, q3n_v z) { return _mm512_fmadd_p
 static inline q3n_v q3n_v_nfma(q3n_v x, q3n_v y, q3n_v z) { return _mm512_fnmadd_ps(x, y, z); }
 /* x where the mask is set, else y. */
 static inline q3n_v q3n_v_select(q3n_v_mask m, q3n_v x, q3n_v y) { return _mm512_mask_blend_ps(m, y, x); }
+/* The larger; y where either is NaN. */
+static inline q3n_v q3n_v_max(q3n_v x, q3n_v y) { return _mm512_max_ps(x, y); }
+/* The largest lane; no lane is NaN. */
+static inline float q3n_v_largest(q3n_v x) { return _mm512_reduce_max_ps(x); }
+/* Where x is not y: a NaN is not itself. */
+static inline q3n_v_mask q3n_v_differs(q3n_v x, q3n_v y) { return _mm512_cmp_ps_mask(x, y, _CMP_NEQ_UQ); }
+static inline q3n_v_mask q3n_v_finite(q3n_v x) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+}
+static inline q3n_v_mask q3n_v_both(q3n_v_mask m, q3n_v_mask n) { return m & n; }
+/* Bit i is set where lane i is. */
+static inline uint32_t q3n_v_bits(q3n_v_mask m) { return m; }
+/* Numbers of other types, one after the other. */
+static inline q3n_v q3n_v_load_f16(const uint16_t *p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+static inline q3n_v q3n_v_set_f16(uint16_t x) { return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+static inline q3n_v q3n_v_load_bf16(const uint16_t *p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+static inline q3n_v q3n_v_load_i8(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
 /* Lane i everywhere. */
 static inline q3n_v q3n_v_lane(q3n_v x, int i) { return _mm512_permutexvar_ps(_mm512_set1_epi32(i), x); }
 /* The lower and the upper half change places. */
@@ -76,6 +97,17 @@ static inline float q3n_v_sum(q3n_v x) {
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+/* y[0..3] = the sums of four vectors, each in the same order: halves, quarters, pairs. */
+static inline void q3n_v_sum4(float *y, q3n_v a, q3n_v b, q3n_v c, q3n_v d) {
+  const __m512 x[4] = {a, b, c, d};
+  __m128 part[4];
+  for (int i = 0; i < 4; i++) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
+    part[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  _mm_storeu_ps(y, _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3])));
 }
 
 /* Rows become columns. */
@@ -134,6 +166,12 @@ static inline q3n_v q3n_v_exp(q3n_v x) {
 static inline q3n_v q3n_v_silu(q3n_v x) {
   const q3n_v e = q3n_v_exp(q3n_v_sub(q3n_v_zero(), x));
   return q3n_v_div(x, q3n_v_add(q3n_v_set(1.0f), e));
+}
+
+/* 1 / (1 + e^-x), as many. */
+static inline q3n_v q3n_v_sigmoid(q3n_v x) {
+  const q3n_v one = q3n_v_set(1.0f);
+  return q3n_v_div(one, q3n_v_add(one, q3n_v_exp(q3n_v_sub(q3n_v_zero(), x))));
 }
 
 /* Doubles: the lower and the upper half of a vector of floats, and back. */

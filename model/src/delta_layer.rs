@@ -60,7 +60,8 @@ pub(crate) fn add(
         &Exec::default(),
     )?;
 
-    let (g, beta) = gates(d.group(), hv, &ba, w);
+    let (mut g, mut beta) = (buffers.take(t * hv), buffers.take(t * hv));
+    gates(&mut g, &mut beta, d.group(), hv, &ba, w);
     let mut o = buffers.take(t * values);
     let mut state_steps = vec![0.0f32; steps.len() * hv * vd * kd];
     let keys = hk * kd;
@@ -104,21 +105,20 @@ pub(crate) fn add(
     let mut y = buffers.take(x.len());
     project_rows(&w.out, &o, &mut y, packed.quantize, buffers)?;
     add_rows(x, &y);
-    [qkv, z, ba, mixed, o, y].into_iter().for_each(|buffer| buffers.give(buffer));
+    [qkv, z, ba, mixed, g, beta, o, y].into_iter().for_each(|buffer| buffers.give(buffer));
     Ok(())
 }
 
 /// g = a · softplus(α + dt_bias) and β = sigmoid(b), both `[T][HV]`, from rows of `[HK][b × r | α × r]`.
-fn gates(r: usize, hv: usize, ba: &[f32], w: &Delta) -> (Vec<f32>, Vec<f32>) {
-    let (mut g, mut beta) = (Vec::with_capacity(ba.len() / 2), Vec::with_capacity(ba.len() / 2));
-    for row in ba.chunks_exact(2 * hv) {
+fn gates(g: &mut [f32], beta: &mut [f32], r: usize, hv: usize, ba: &[f32], w: &Delta) {
+    let rows = ba.chunks_exact(2 * hv).zip(g.chunks_exact_mut(hv)).zip(beta.chunks_exact_mut(hv));
+    for ((row, g), beta) in rows {
         for h in 0..hv {
             let at = h / r * 2 * r + h % r;
-            beta.push(sigmoid(row[at]));
-            g.push(w.a[h] * softplus(row[at + r] + w.dt_bias[h]));
+            beta[h] = sigmoid(row[at]);
+            g[h] = w.a[h] * softplus(row[at + r] + w.dt_bias[h]);
         }
     }
-    (g, beta)
 }
 
 /// ln(1 + eˣ), which is x itself where eˣ would drown the 1.

@@ -156,17 +156,16 @@ impl Model {
         self.check(state, batch, options)?;
         batch.spans.iter().for_each(|span| state.begin(span.slot));
         for pieces in cut(batch, options.ubatch, state.depth()) {
-            let slots: Vec<usize> = pieces.iter().map(|p| p.slot).collect();
             let logits = match self.ubatch(state, &pieces, options) {
                 Ok(logits) => logits,
                 Err(e) => {
-                    slots.into_iter().for_each(|slot| state.spoil(slot));
+                    pieces.iter().for_each(|piece| state.spoil(piece.slot));
                     return Err(e.into());
                 }
             };
-            if !logits.is_empty() {
-                each(&logits)?;
-            }
+            let done = if logits.is_empty() { Ok(()) } else { each(&logits) };
+            state.buffers.give(logits);
+            done?;
         }
         Ok(())
     }
@@ -253,7 +252,7 @@ impl Model {
         }
         let mut normed = buffers.take(n * width);
         norm_rows(&mut normed, &rows, width, &self.weights.output_norm, self.config.norm_eps)?;
-        let mut logits = vec![0.0f32; n * vocab];
+        let mut logits = buffers.take(n * vocab);
         project_rows(&self.weights.output, &normed, &mut logits, quantize, buffers)?;
         buffers.give(rows);
         buffers.give(normed);

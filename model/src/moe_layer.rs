@@ -22,7 +22,10 @@ pub(crate) fn add(
     match ffn {
         Ffn::Dense(w) => {
             let input = Input::new(normed, width, quantize, [&w.gate, &w.up], buffers)?;
-            feed(&w.gate, &w.up, &w.down, &Routing::dense(t, None)?, &input, buffers, x)?;
+            let mut routing = std::mem::take(&mut buffers.dense);
+            routing.dense_again((0..t).map(|_| 1.0))?;
+            feed(&w.gate, &w.up, &w.down, &routing, &input, buffers, x)?;
+            buffers.dense = routing;
             input.give(buffers);
         }
         Ffn::Moe(w) => {
@@ -32,20 +35,28 @@ pub(crate) fn add(
             let mut logits = buffers.take(t * config.moe.experts);
             project(&w.router, &input, &mut logits)?;
             let rows = View::new(&logits, [t, config.moe.experts])?;
-            let routing = Routing::route(rows, config.moe.top_k, config.moe.normalize, &Exec::default())?;
+            let mut routing = std::mem::take(&mut buffers.routing);
+            routing.route_again(rows, config.moe.top_k, config.moe.normalize, &Exec::default())?;
             buffers.give(logits);
             feed(&w.gate, &w.up, &w.down, &routing, &input, buffers, x)?;
+            buffers.routing = routing;
             if let Some(shared) = &w.shared {
                 let gate = |row: &[f32]| {
                     let dot: f64 = row.iter().zip(&shared.gate_vec).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                     sigmoid(dot as f32)
                 };
-                let weights = match t {
-                    0..16 => input.floats().chunks_exact(width).map(gate).collect(),
-                    _ => input.floats().par_chunks_exact(width).map(gate).collect(),
-                };
+                let mut weights = buffers.take(t);
+                let rows = input.floats();
+                match t {
+                    0..16 => weights.iter_mut().zip(rows.chunks_exact(width)).for_each(|(w, row)| *w = gate(row)),
+                    _ => weights.par_iter_mut().zip(rows.par_chunks_exact(width)).for_each(|(w, row)| *w = gate(row)),
+                }
+                let mut routing = std::mem::take(&mut buffers.dense);
+                routing.dense_again(weights.iter().copied())?;
                 let w = &shared.expert;
-                feed(&w.gate, &w.up, &w.down, &Routing::dense(t, Some(weights))?, &input, buffers, x)?;
+                feed(&w.gate, &w.up, &w.down, &routing, &input, buffers, x)?;
+                buffers.dense = routing;
+                buffers.give(weights);
             }
             input.give(buffers);
         }

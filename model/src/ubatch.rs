@@ -13,6 +13,9 @@ pub(crate) struct Buffers {
     q8: Vec<Q8>,
     /// Of the feed-forward.
     pub hidden: moe::Hidden,
+    /// Of the routed experts, and of the shared one or a dense feed-forward.
+    pub routing: moe::Routing,
+    pub dense: moe::Routing,
 }
 
 impl Buffers {

@@ -265,7 +265,7 @@ impl Entry {
     }
 
     /// The cases of the grid with what their outputs must hold, as a file of neon/README.md's format, and how many.
-    /// `None`: the outputs are no f32, or no operator's.
+    /// `None`: the outputs are neither f32 nor compared as bytes, or no operator's.
     pub fn write_cases(&self, options: &Options) -> Result<Option<(usize, Vec<u8>)>, String> {
         (self.write_cases)(options)
     }

@@ -188,7 +188,7 @@ fn write_cases(entries: &[Entry], options: &Options, folder: &Path) -> anyhow::R
                 super::Output::create(&path)?.finish(&bytes)?;
                 println!("{}: {count} cases, {} bytes", path.display(), bytes.len());
             }
-            None if entries.len() == 1 => bail!("--op {}: its outputs are not f32, which case files hold", entry.op),
+            None if entries.len() == 1 => bail!("--op {}: case files do not hold its outputs", entry.op),
             None => {}
         }
     }
