@@ -46,6 +46,9 @@ uint32_t q3n_isa_detect(void) {
   have |= 1u << Q3N_ISA_NEON;
   if (has_dot_products()) have |= 1u << Q3N_ISA_NEONDOT;
 #endif
+#if defined(Q3N_CUDA_HOST)
+  have |= 1u << Q3N_ISA_CUDA_HOST;
+#endif
   return have;
 }
 
@@ -60,7 +63,7 @@ int32_t q3n_isa_available(q3n_isa isa) {
 }
 
 const char *q3n_isa_name(q3n_isa isa) {
-  static const char *const name[Q3N_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon",
-                                                  "neondot"};
+  static const char *const name[Q3N_ISA_COUNT] = {"scalar",     "avx2", "avx512",  "avx512vnni",
+                                                  "avx512bf16", "neon", "neondot", "cuda_host"};
   return (uint32_t)isa < Q3N_ISA_COUNT ? name[isa] : "";
 }
