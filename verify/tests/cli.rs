@@ -51,11 +51,13 @@ fn expect_refused(output: &Output, what: &str) {
 fn the_environment_holds_the_program_to_instruction_sets() {
     let folder = Folder::new("isa");
     let verify = |names: &str| {
-        let line = "verify --op rope --quick --json -";
+        let line = "verify --op rope --quick --json report.json";
         command(&folder.0, line.split_whitespace()).env("Q3N_ISA", names).output().unwrap()
     };
     let ran = |output: &Output| {
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report = std::fs::read(folder.0.join("report.json")).unwrap();
+        let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
         let named = |verdict: &str| {
             let of = report["results"].as_array().unwrap().iter().filter(|r| r["verdict"] == verdict);
             of.map(|r| r["variant"].as_str().unwrap().to_string()).collect::<std::collections::BTreeSet<_>>()
