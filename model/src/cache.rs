@@ -147,6 +147,43 @@ impl Rows {
         }
     }
 
+    /// Bytes of so many elements.
+    pub(crate) fn bytes(&self, elements: usize) -> usize {
+        match self {
+            Rows::F32(_) => 4 * elements,
+            Rows::F16(_) | Rows::BF16(_) => 2 * elements,
+            Rows::Q8_0(_) => elements / 32 * 34,
+        }
+    }
+
+    /// Hands over some elements as little-endian bytes, part by part.
+    pub(crate) fn save(
+        &self,
+        range: Range<usize>,
+        to: &mut dyn FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Rows::F32(x) => save_f32(&x[range], to),
+            Rows::F16(x) => save_u16(x[range].reinterpret_cast(), to),
+            Rows::BF16(x) => save_u16(x[range].reinterpret_cast(), to),
+            Rows::Q8_0(x) => to(x[blocks(&range)].as_flattened()),
+        }
+    }
+
+    /// Fills some elements with what [`Rows::save`] gave; `from` fills the bytes it gets.
+    pub(crate) fn load(
+        &mut self,
+        range: Range<usize>,
+        from: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Rows::F32(x) => load_f32(&mut x[range], from),
+            Rows::F16(x) => load_u16(x[range].reinterpret_cast_mut(), from),
+            Rows::BF16(x) => load_u16(x[range].reinterpret_cast_mut(), from),
+            Rows::Q8_0(x) => from(x[blocks(&range)].as_flattened_mut()),
+        }
+    }
+
     /// As attention takes them, `[slots][S][HKV][D]`.
     pub(crate) fn view(&self, [slots, s, hkv, d]: [usize; 4]) -> Result<Kv<'_>, Error> {
         let shape = [slots, s, hkv, d];
@@ -161,4 +198,53 @@ impl Rows {
 
 fn blocks(elements: &Range<usize>) -> Range<usize> {
     elements.start / 32..elements.end / 32
+}
+
+/// Values converted at a time.
+const PART: usize = 16384;
+
+/// Hands over little-endian bytes, part by part.
+pub(crate) fn save_f32(values: &[f32], to: &mut dyn FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
+    let mut bytes = Vec::with_capacity(4 * PART);
+    for part in values.chunks(PART) {
+        bytes.clear();
+        bytes.extend(part.iter().flat_map(|x| x.to_le_bytes()));
+        to(&bytes)?;
+    }
+    Ok(())
+}
+
+/// The reverse of [`save_f32`].
+pub(crate) fn load_f32(values: &mut [f32], from: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>) -> Result<(), Error> {
+    let mut bytes = vec![0; 4 * PART.min(values.len())];
+    for part in values.chunks_mut(PART) {
+        let bytes = &mut bytes[..4 * part.len()];
+        from(bytes)?;
+        for (x, b) in part.iter_mut().zip(bytes.chunks_exact(4)) {
+            *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        }
+    }
+    Ok(())
+}
+
+fn save_u16(values: &[u16], to: &mut dyn FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
+    let mut bytes = Vec::with_capacity(2 * PART);
+    for part in values.chunks(PART) {
+        bytes.clear();
+        bytes.extend(part.iter().flat_map(|x| x.to_le_bytes()));
+        to(&bytes)?;
+    }
+    Ok(())
+}
+
+fn load_u16(values: &mut [u16], from: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>) -> Result<(), Error> {
+    let mut bytes = vec![0; 2 * PART.min(values.len())];
+    for part in values.chunks_mut(PART) {
+        let bytes = &mut bytes[..2 * part.len()];
+        from(bytes)?;
+        for (x, b) in part.iter_mut().zip(bytes.chunks_exact(2)) {
+            *x = u16::from_le_bytes([b[0], b[1]]);
+        }
+    }
+    Ok(())
 }

@@ -60,7 +60,7 @@ fn read_at(mut file: &File, part: &mut [u8], at: usize) -> std::io::Result<()> {
 }
 
 /// Bytes of a regular file. A device may have no end, and opening a pipe may wait for ever.
-fn expect_regular(path: &Path) -> Result<u64, Error> {
+pub(crate) fn expect_regular(path: &Path) -> Result<u64, Error> {
     let meta = std::fs::metadata(path).map_err(|source| Error::io(path, source))?;
     if meta.is_file() {
         return Ok(meta.len());

@@ -10,6 +10,7 @@ use crate::ubatch::{norm_rows, project_rows, Buffers, Packed};
 use crate::weights::{Mixer, Weights};
 use qwen3next_kernels::quant::dequantize;
 use qwen3next_kernels::{gated_delta, Exec, Operator, Variant, ViewMut, Weight};
+use std::sync::OnceLock;
 
 /// Which implementation of the delta rule runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -109,16 +110,20 @@ struct Piece<'a> {
 pub struct Model {
     config: Config,
     weights: Weights,
+    /// See [`Model::fingerprint`].
+    fingerprint: OnceLock<u64>,
 }
 
 impl Model {
     /// A model of loaded weights.
     pub fn new(config: Config, weights: Weights) -> Model {
-        Model { config, weights }
+        Model { config, weights, fingerprint: OnceLock::new() }
     }
 
     /// [`Weights::repack`].
     pub fn repack(&mut self, progress: &mut dyn FnMut(u64, u64)) {
+        // Of the bytes as the file has them: the answers are the same.
+        self.fingerprint();
         self.weights.repack(progress);
     }
 
@@ -130,6 +135,11 @@ impl Model {
     /// Its weights.
     pub fn weights(&self) -> &Weights {
         &self.weights
+    }
+
+    /// A number that tells this model from others: its sizes, vectors, and samples of its matrices.
+    pub fn fingerprint(&self) -> u64 {
+        *self.fingerprint.get_or_init(|| crate::fingerprint::of(&self.config, &self.weights))
     }
 
     /// Reads a batch and returns the wanted logits, `[rows][vocab]`, sequence by sequence.

@@ -11,6 +11,9 @@
 //! | [`state`] | what it remembers of its sequences: KV caches, windows, recurrent states |
 //! | [`forward`] | tokens in, logits out |
 //! | [`generate`] | choosing the next token |
+//! | [`chat`], [`stop`] | a conversation as text, and where its turns end |
+//! | [`session`] | one sequence that is read and continued |
+//! | [`prompt_cache`] | a session as a file |
 //! | [`perplexity`] | likelihood of a text, divergence of two sets of logits |
 //! | [`quantize`] | a model with its matrices in another type |
 //! | [`synth`] | random weights in the real shapes |
@@ -18,11 +21,13 @@
 
 mod attention_layer;
 mod cache;
+pub mod chat;
 pub mod config;
 mod delta_layer;
 pub mod embedded;
 pub mod error;
 pub mod file;
+mod fingerprint;
 pub mod forward;
 pub mod generate;
 pub mod gguf;
@@ -31,10 +36,13 @@ mod load_gguf;
 mod load_hf;
 mod moe_layer;
 pub mod perplexity;
+pub mod prompt_cache;
 pub mod quantize;
 pub mod safetensors;
+pub mod session;
 mod source;
 pub mod state;
+pub mod stop;
 pub mod synth;
 pub mod tokenizer;
 mod ubatch;
@@ -45,6 +53,7 @@ pub use config::Config;
 pub use error::Error;
 pub use forward::{Batch, Model};
 pub use load::load;
+pub use session::Session;
 pub use source::{Loaded, Metadata, Progress, TensorInfo};
 pub use state::{CacheTypes, State};
 pub use tokenizer::Tokenizer;

@@ -58,6 +58,12 @@ pub(crate) fn load_parts(path: &Path, parts: &[Gguf], progress: &mut dyn FnMut(P
         bytes: t.bytes as u64,
         used: !skipped.contains(t.name.as_str()),
     });
+    let tokenizer = Tokenizer::from_gguf(first, config.vocab);
+    let token = |key: &str| -> Result<Option<String>, Error> {
+        let id = first.uint(key)?.and_then(|id| u32::try_from(id).ok());
+        let bytes = id.and_then(|id| tokenizer.as_ref().ok()?.token(id));
+        Ok(bytes.map(|bytes| String::from_utf8_lossy(bytes).into_owned()))
+    };
     let metadata = Metadata {
         container: format!("GGUF v{}", first.version()),
         name: first.string("general.name")?,
@@ -65,9 +71,10 @@ pub(crate) fn load_parts(path: &Path, parts: &[Gguf], progress: &mut dyn FnMut(P
         file_bytes: parts.iter().map(|p| p.file_bytes() as u64).sum(),
         tensors: tensors.collect(),
         chat_template: first.string("tokenizer.chat_template")?,
+        bos_token: token("tokenizer.ggml.bos_token_id").unwrap_or_default(),
+        eos_token: token("tokenizer.ggml.eos_token_id").unwrap_or_default(),
         warnings,
     };
-    let tokenizer = Tokenizer::from_gguf(first, config.vocab);
     Ok(Loaded { tokenizer, config, weights, metadata })
 }
 

@@ -59,6 +59,8 @@ pub(crate) fn load(folder: &Path, options: Options, progress: &mut dyn FnMut(Pro
         file_bytes: files.files.iter().map(|f| f.file_bytes() as u64).sum(),
         tensors: tensors.collect(),
         chat_template: chat_template(folder),
+        bos_token: special_token(folder, "bos_token"),
+        eos_token: special_token(folder, "eos_token"),
         warnings,
     };
     let tokenizer = tokenizer(folder, &json, config.vocab);
@@ -71,7 +73,22 @@ fn chat_template(folder: &Path) -> Option<String> {
         return read_text(&own, MAX_CONFIG).ok();
     }
     let json = Json::open(&folder.join("tokenizer_config.json")).ok()?;
-    json.text("chat_template").ok()?
+    match json.map.get("chat_template")? {
+        Value::String(text) => Some(text.clone()),
+        // Several templates by name.
+        Value::Array(list) => {
+            let named = list.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"))?;
+            Some(named.get("template")?.as_str()?.to_string())
+        }
+        _ => None,
+    }
+}
+
+/// A token of tokenizer_config.json: its text, or an object that holds it.
+fn special_token(folder: &Path, key: &str) -> Option<String> {
+    let json = Json::open(&folder.join("tokenizer_config.json")).ok()?;
+    let token = json.map.get(key)?;
+    Some(token.get("content").unwrap_or(token).as_str()?.to_string())
 }
 
 fn tokenizer(folder: &Path, config: &Json, vocab: usize) -> Result<Tokenizer, Error> {

@@ -46,6 +46,10 @@ pub struct Metadata {
     pub tensors: Vec<TensorInfo>,
     /// The chat template (Jinja), where there is one.
     pub chat_template: Option<String>,
+    /// The token that begins a text, as templates write it.
+    pub bos_token: Option<String>,
+    /// The token that ends a text, as templates write it.
+    pub eos_token: Option<String>,
     /// What was unusual but no reason to refuse.
     pub warnings: Vec<String>,
 }

@@ -2,7 +2,7 @@
 //! states of the DeltaNet layers, for a fixed number of sequence slots.
 
 pub use crate::cache::CacheTypes;
-use crate::cache::Rows;
+use crate::cache::{load_f32, save_f32, Rows};
 use crate::config::{Config, LayerKind};
 use crate::error::Error;
 use crate::ubatch::Buffers;
@@ -266,6 +266,68 @@ impl State {
         self.lengths[slot] = snapshot.length;
         self.spoilt[slot] = false;
         self.history[slot].clear();
+        Ok(())
+    }
+
+    /// Bytes of [`State::save`] for a slot that has read so many tokens; `None` where no memory holds them.
+    pub(crate) fn saved_bytes(&self, length: usize) -> Option<u64> {
+        let elements = length.checked_mul(self.sizes.kv)?;
+        self.layers.iter().try_fold(0u64, |sum, layer| {
+            let bytes = match layer {
+                LayerState::Delta { .. } => 4 * (self.sizes.conv + self.sizes.delta),
+                LayerState::Attention { k, v } => k.bytes(elements).checked_add(v.bytes(elements))?,
+            };
+            sum.checked_add(bytes as u64)
+        })
+    }
+
+    /// Hands over all that a slot remembers, layer by layer: convolution windows then recurrent states, or keys then
+    /// values.
+    pub(crate) fn save(&self, slot: usize, to: &mut dyn FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
+        let length = self.usable(slot)?;
+        for layer in &self.layers {
+            match layer {
+                LayerState::Delta { conv, delta } => {
+                    save_f32(part(conv, slot, self.sizes.conv), to)?;
+                    save_f32(part(delta, slot, self.sizes.delta), to)?;
+                }
+                LayerState::Attention { k, v } => {
+                    let from = slot * self.capacity * self.sizes.kv;
+                    let used = from..from + length * self.sizes.kv;
+                    k.save(used.clone(), to)?;
+                    v.save(used, to)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The reverse of [`State::save`] for `length` tokens, at most the capacity. After an error the slot must be cleared.
+    pub(crate) fn load(
+        &mut self,
+        slot: usize,
+        length: usize,
+        from: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.clear(slot)?;
+        self.expect_room(slot, length)?;
+        self.spoilt[slot] = true;
+        for layer in &mut self.layers {
+            match layer {
+                LayerState::Delta { conv, delta } => {
+                    load_f32(part_mut(conv, slot, self.sizes.conv), from)?;
+                    load_f32(part_mut(delta, slot, self.sizes.delta), from)?;
+                }
+                LayerState::Attention { k, v } => {
+                    let first = slot * self.capacity * self.sizes.kv;
+                    let used = first..first + length * self.sizes.kv;
+                    k.load(used.clone(), from)?;
+                    v.load(used, from)?;
+                }
+            }
+        }
+        self.lengths[slot] = length;
+        self.spoilt[slot] = false;
         Ok(())
     }
 

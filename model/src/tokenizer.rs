@@ -79,6 +79,13 @@ impl Special {
             _ => None,
         })
     }
+
+    /// Some control token starts `text`.
+    fn starts_control(&self, text: &[u8]) -> bool {
+        let lengths = text.first().and_then(|first| self.lengths.get(first));
+        let control = |n: &usize| text.get(..*n).and_then(|t| self.ids.get(t)).is_some_and(|&(_, control)| control);
+        lengths.is_some_and(|lengths| lengths.iter().any(control))
+    }
 }
 
 /// The character that stands for a byte in byte-level vocabularies: printable bytes stand for themselves, the others
@@ -523,10 +530,18 @@ impl Tokenizer {
     /// Ids of a text, without bos. With `parse_special`, the text of a control token becomes that token; without, it is
     /// plain text. Tokens that users define are always recognised.
     pub fn encode(&self, text: &str, parse_special: bool) -> Result<Vec<u32>, Error> {
+        self.encode_where(text, |_| parse_special)
+    }
+
+    /// As [`Tokenizer::encode`] with control tokens, but for those that begin at one of these bytes (ascending).
+    pub fn encode_shielded(&self, text: &str, shielded: &[usize]) -> Result<Vec<u32>, Error> {
+        self.encode_where(text, |at| shielded.binary_search(&at).is_err())
+    }
+
+    fn encode_where(&self, text: &str, control: impl Fn(usize) -> bool) -> Result<Vec<u32>, Error> {
         let (mut ids, mut plain, mut at) = (Vec::new(), 0, 0);
         while at < text.len() {
-            let Some((id, length)) = text.as_bytes().get(at..).and_then(|t| self.special.starts(t, parse_special))
-            else {
+            let Some((id, length)) = text.as_bytes().get(at..).and_then(|t| self.special.starts(t, control(at))) else {
                 at += 1;
                 continue;
             };
@@ -537,6 +552,11 @@ impl Tokenizer {
         }
         self.encode_plain(text.get(plain..).unwrap_or_default(), &mut ids)?;
         Ok(ids)
+    }
+
+    /// Where the text of a control token begins, overlapping ones included: ascending byte offsets.
+    pub fn control_texts<'a>(&'a self, text: &'a str) -> impl Iterator<Item = usize> + 'a {
+        (0..text.len()).filter(|&at| text.as_bytes().get(at..).is_some_and(|rest| self.special.starts_control(rest)))
     }
 
     fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Error> {

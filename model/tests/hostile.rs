@@ -6,11 +6,13 @@ mod common;
 
 use common::{small, Folder};
 use qwen3next_kernels::DType;
+use qwen3next_model::forward::Options;
 use qwen3next_model::gguf::Gguf;
-use qwen3next_model::Tokenizer;
+use qwen3next_model::{prompt_cache, CacheTypes, Model, Session, Tokenizer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::RefCell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -203,6 +205,32 @@ fn hugging_face(folder: &Folder) {
     std::fs::write(folder.file("tokenizer.json"), serde_json::to_string(&tokenizer).unwrap()).unwrap();
 }
 
+/// A prompt cache of a small model; in every second round the checksum is that of the damaged file.
+fn prompt_cache(folder: &Folder) {
+    let loaded = common::open(&folder.file("bf16.gguf")).unwrap();
+    let model = Model::new(loaded.config, loaded.weights);
+    let mut session = Session::new(&model, 40, CacheTypes::default()).unwrap();
+    session.read(&[1, 2, 3, 4, 5], 4, &Options::default(), &mut |_| true).unwrap();
+    let file = folder.file("cache.q3n");
+    prompt_cache::save(&file, &session, "a note").unwrap();
+    let session = RefCell::new(session);
+    for seal in [false, true] {
+        let read = || {
+            if seal {
+                let mut bytes = std::fs::read(&file).unwrap();
+                if let Some(at) = bytes.len().checked_sub(8) {
+                    let sum = twox_hash::XxHash3_64::oneshot(&bytes[..at]);
+                    bytes[at..].copy_from_slice(&sum.to_le_bytes());
+                    std::fs::write(&file, bytes).unwrap();
+                }
+            }
+            prompt_cache::load(&file, &mut session.borrow_mut()).map(drop).map_err(|e| e.to_string())
+        };
+        let refused = batter(&file, 160, 400, 512 << 10, &read);
+        assert!(if seal { refused > 200 } else { refused >= 399 }, "{refused}");
+    }
+}
+
 /// What a tokenizer costs however small it is: the word cache of the `tokenizers` crate and its regex.
 const TOKENIZER: usize = 6 << 20;
 
@@ -245,6 +273,8 @@ fn damaged_files_are_refused_in_one_line_and_little_memory() {
     let tokenizer = hf.file("tokenizer.json");
     let alone = || Tokenizer::from_json(&tokenizer, 64).map(drop).map_err(|e| e.to_string());
     batter(&tokenizer, usize::MAX, 200, TOKENIZER, &alone);
+
+    prompt_cache(&folder);
 
     // Claims that are far larger than the file.
     let claims: &[(&[u8], &str)] = &[

@@ -30,6 +30,8 @@ enum Command {
     Drift(cli::drift::Args),
     /// Continue a text.
     Generate(cli::generate::Args),
+    /// Talk with a model, through its chat template.
+    Chat(cli::chat::Args),
     /// Write logits as .npy.
     Logits(cli::logits::Args),
     /// Perplexity of a text, and divergence from saved logits.
@@ -52,6 +54,9 @@ pub enum Done {
 
 fn main() -> ExitCode {
     let interrupted = ctrlc::set_handler(|| {
+        if cli::interrupt::catch() {
+            return;
+        }
         qwen3next_model::whole::remove_unfinished();
         std::process::exit(130);
     });
@@ -73,6 +78,7 @@ fn main() -> ExitCode {
         Some(Command::Sweep(args)) => cli::sweep::run(args),
         Some(Command::Drift(args)) => cli::drift::run(args),
         Some(Command::Generate(args)) => cli::generate::run(args),
+        Some(Command::Chat(args)) => cli::chat::run(args),
         Some(Command::Logits(args)) => cli::logits::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),

@@ -36,7 +36,7 @@ pub fn run() -> anyhow::Result<Done> {
     let prompt = "In the beginning";
     write!(stdout(), "{prompt}")?;
     let sampler = Sampler::new(Sampling { seed: 7, temperature: 0.7, ..Sampling::default() })?;
-    let written = generate::speak(&loaded, &options, prompt, 160, None, sampler, |text| {
+    let written = generate::speak(&loaded, &options, prompt, 160, sampler, |text| {
         write!(stdout(), "{text}")?;
         Ok(stdout().flush()?)
     })?;
