@@ -18,6 +18,7 @@ extern "C" {
 #include "base/peak.h"
 #include "base/status.h"
 #include "causal_conv/causal_conv.h"
+#include "cuda/cuda.h"
 #include "gated_delta/gated_delta.h"
 #include "matmul/matmul.h"
 #include "moe/moe.h"

@@ -47,7 +47,9 @@ pub const Q3N_ISA_AVX512: q3n_isa = 2;
 pub const Q3N_ISA_AVX512VNNI: q3n_isa = 3;
 pub const Q3N_ISA_AVX512BF16: q3n_isa = 4;
 pub const Q3N_ISA_NEON: q3n_isa = 5;
-pub const Q3N_ISA_COUNT: q3n_isa = 6;
+pub const Q3N_ISA_NEONDOT: q3n_isa = 6;
+pub const Q3N_ISA_CUDA_HOST: q3n_isa = 7;
+pub const Q3N_ISA_COUNT: q3n_isa = 8;
 pub type q3n_isa = ::core::ffi::c_uint;
 unsafe extern "C" {
     pub fn q3n_isa_detect() -> u32;
@@ -76,7 +78,8 @@ pub const Q3N_ISA: q3n_kind = 8;
 pub const Q3N_RANGE: q3n_kind = 9;
 pub const Q3N_NAN: q3n_kind = 10;
 pub const Q3N_ABI: q3n_kind = 11;
-pub const Q3N_KIND_COUNT: q3n_kind = 12;
+pub const Q3N_DEVICE: q3n_kind = 12;
+pub const Q3N_KIND_COUNT: q3n_kind = 13;
 pub type q3n_kind = ::core::ffi::c_uint;
 pub const Q3N_ARG_NONE: q3n_arg = 0;
 pub const Q3N_ARG_ARGS: q3n_arg = 1;
@@ -148,7 +151,9 @@ pub const Q3N_ARG_HIDDEN: q3n_arg = 66;
 pub const Q3N_ARG_PART_O: q3n_arg = 67;
 pub const Q3N_ARG_PART_LSE: q3n_arg = 68;
 pub const Q3N_ARG_BAD_TOKEN: q3n_arg = 69;
-pub const Q3N_ARG_COUNT: q3n_arg = 70;
+pub const Q3N_ARG_GRID: q3n_arg = 70;
+pub const Q3N_ARG_KERNEL: q3n_arg = 71;
+pub const Q3N_ARG_COUNT: q3n_arg = 72;
 pub type q3n_arg = ::core::ffi::c_uint;
 pub type q3n_status = i32;
 unsafe extern "C" {
@@ -604,6 +609,21 @@ unsafe extern "C" {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct CUstream_st {
+    _unused: [u8; 0],
+}
+pub type q3n_stream = *mut CUstream_st;
+unsafe extern "C" {
+    pub fn q3n_cuda_report() -> *const ::core::ffi::c_char;
+}
+unsafe extern "C" {
+    pub fn q3n_cuda_driver_missing() -> *const ::core::ffi::c_char;
+}
+unsafe extern "C" {
+    pub fn q3n_cuda_host_report() -> *const ::core::ffi::c_char;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct q3n_causal_conv_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -789,6 +809,32 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_causal_conv_cuda(
+        args: *const q3n_causal_conv_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_causal_conv_cuda_scratch_bytes(args: *const q3n_causal_conv_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_causal_conv_cuda_host_items(args: *const q3n_causal_conv_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_causal_conv_cuda_host_scratch_bytes(
+        args: *const q3n_causal_conv_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_causal_conv_cuda_host(
+        args: *const q3n_causal_conv_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 pub const Q3N_GATE_NONE: q3n_gate = 0;
@@ -1079,6 +1125,36 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_gated_delta_recurrent_cuda(
+        args: *const q3n_gated_delta_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_recurrent_cuda_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_recurrent_cuda_host_items(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_recurrent_cuda_host_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_recurrent_cuda_host(
+        args: *const q3n_gated_delta_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_matmul_args {
@@ -1323,6 +1399,30 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda(
+        args: *const q3n_moe_route_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_scratch_bytes(args: *const q3n_moe_route_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_host_items(args: *const q3n_moe_route_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_host_scratch_bytes(args: *const q3n_moe_route_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_route_cuda_host(
+        args: *const q3n_moe_route_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 #[repr(C)]
@@ -1884,6 +1984,30 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_norm_cuda(
+        args: *const q3n_norm_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_norm_cuda_scratch_bytes(args: *const q3n_norm_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_norm_cuda_host_items(args: *const q3n_norm_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_norm_cuda_host_scratch_bytes(args: *const q3n_norm_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_norm_cuda_host(
+        args: *const q3n_norm_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 #[repr(C)]
@@ -2515,6 +2639,30 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_rope_cuda(
+        args: *const q3n_rope_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_rope_cuda_scratch_bytes(args: *const q3n_rope_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_rope_cuda_host_items(args: *const q3n_rope_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_rope_cuda_host_scratch_bytes(args: *const q3n_rope_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_rope_cuda_host(
+        args: *const q3n_rope_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_solve_tri_args {
@@ -2650,5 +2798,29 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda(
+        args: *const q3n_solve_tri_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_scratch_bytes(args: *const q3n_solve_tri_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_host_items(args: *const q3n_solve_tri_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_host_scratch_bytes(args: *const q3n_solve_tri_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_solve_tri_cuda_host(
+        args: *const q3n_solve_tri_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }

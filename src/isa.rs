@@ -11,6 +11,9 @@ impl Isa {
     /// Plain C, always available.
     pub const SCALAR: Isa = Isa(ffi::Q3N_ISA_SCALAR);
 
+    /// CUDA kernels on the CPU, in libraries built with `cuda-host`.
+    pub const CUDA_HOST: Isa = Isa(ffi::Q3N_ISA_CUDA_HOST);
+
     /// Every instruction set the library knows, available or not.
     pub fn all() -> impl Iterator<Item = Isa> {
         (0..ffi::Q3N_ISA_COUNT).map(Isa)

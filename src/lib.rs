@@ -34,6 +34,9 @@
 //! | [`rope`] | partial rotary embedding |
 //! | [`solve_tri`] | batched triangular solve and inverse |
 //!
+//! With the feature `cuda`, `device` holds devices, streams and buffers, and the modules of operators with CUDA kernels a
+//! module `cuda` whose `run` is theirs on a device (so far: gated_delta, norm).
+//!
 //! [`isa`] tells what the CPU offers and narrows it; [`dtype`] lists element types; [`operator`] holds what all
 //! operators share.
 
@@ -45,6 +48,8 @@ pub mod ffi;
 pub mod activations;
 pub mod attention;
 pub mod causal_conv;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod dtype;
 pub mod gated_delta;
 pub mod isa;

@@ -49,6 +49,14 @@ pub enum Error {
         /// The lowest such token.
         token: usize,
     },
+    /// A CUDA kernel failed, on the device or in the host executor.
+    #[error("{operator}: {report}")]
+    Device {
+        /// Operator that failed.
+        operator: &'static str,
+        /// What the runtime or the executor says of it.
+        report: String,
+    },
     /// Any other misuse: the text names argument and expectation.
     #[error("{arg}: {why}")]
     Argument {
@@ -65,6 +73,7 @@ impl Error {
         match self {
             Error::Status { code, .. } => Some(*code as u32 & 0xff),
             Error::Nan { .. } => Some(ffi::Q3N_NAN),
+            Error::Device { .. } => Some(ffi::Q3N_DEVICE),
             _ => None,
         }
     }
@@ -78,6 +87,12 @@ impl Error {
 pub(crate) fn check(operator: &'static str, status: i32) -> Result<(), Error> {
     if status == ffi::Q3N_OK as i32 {
         return Ok(());
+    }
+    #[cfg(feature = "cuda-host")]
+    if status as u32 & 0xff == ffi::Q3N_DEVICE {
+        // SAFETY: a NUL-terminated text that only this thread's next launch changes.
+        let report = unsafe { CStr::from_ptr(ffi::q3n_cuda_host_report()) };
+        return Err(Error::Device { operator, report: report.to_string_lossy().into_owned() });
     }
     // SAFETY: q3n_status_string returns a static NUL-terminated string for every value.
     let text = unsafe { CStr::from_ptr(ffi::q3n_status_string(status)) };

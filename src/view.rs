@@ -19,7 +19,7 @@ pub struct ViewMut<'a, const R: usize, T = f32> {
 }
 
 /// Row-major strides of `shape`.
-fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
+pub(crate) fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
     let mut strides = [1usize; R];
     for i in (0..R.saturating_sub(1)).rev() {
         strides[i] = strides[i + 1].saturating_mul(shape[i + 1].max(1));
@@ -28,7 +28,7 @@ fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
 }
 
 /// `Ok` where every index of the view lies below `len` and its innermost axis is contiguous.
-fn fits<const R: usize>(len: usize, shape: [usize; R], strides: [usize; R]) -> Result<(), Error> {
+pub(crate) fn fits<const R: usize>(len: usize, shape: [usize; R], strides: [usize; R]) -> Result<(), Error> {
     if R > 0 && shape[R - 1] > 1 && strides[R - 1] != 1 {
         return Err(Error::argument("strides", format!("innermost stride is {}, expected 1", strides[R - 1])));
     }
@@ -131,11 +131,38 @@ impl<'a, const R: usize, T> ViewMut<'a, R, T> {
     }
 }
 
-fn expect<const R: usize>(arg: &'static str, got: [usize; R], expected: [usize; R]) -> Result<(), Error> {
+pub(crate) fn expect<const R: usize>(arg: &'static str, got: [usize; R], expected: [usize; R]) -> Result<(), Error> {
     if got == expected {
         return Ok(());
     }
     Err(Error::Shape { arg, got: got.to_vec(), expected: expected.to_vec() })
+}
+
+/// Where a view lies and how, on the CPU or a device, without its life: what the C side takes. Nobody reads through it.
+#[derive(Clone, Copy)]
+pub(crate) struct Array<const R: usize> {
+    pub at: *mut f32,
+    pub shape: [usize; R],
+    pub strides: [i64; R],
+}
+
+impl<const R: usize> Array<R> {
+    /// Error naming `arg` unless the shape is `expected`.
+    pub fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
+        expect(arg, self.shape, expected)
+    }
+}
+
+impl<const R: usize> From<&View<'_, R>> for Array<R> {
+    fn from(view: &View<R>) -> Self {
+        Array { at: view.as_ptr().cast_mut(), shape: view.shape, strides: view.strides.map(|s| s as i64) }
+    }
+}
+
+impl<const R: usize> From<&mut ViewMut<'_, R>> for Array<R> {
+    fn from(view: &mut ViewMut<R>) -> Self {
+        Array { at: view.as_mut_ptr(), shape: view.shape, strides: view.strides.map(|s| s as i64) }
+    }
 }
 
 #[cfg(test)]

@@ -66,7 +66,16 @@ fn main() {
     }
     code += "]\n";
     archive.compile("q3n_mutants");
+    #[cfg(feature = "cuda-host")]
+    executor(&csrc);
     write(&out.join("mutants.rs"), &code);
+}
+
+/// The kernels that the host executor of CUDA kernels is judged by.
+#[cfg(feature = "cuda-host")]
+fn executor(csrc: &Path) {
+    println!("cargo:rerun-if-changed=executor");
+    cuda_compiler().warnings(true).include(csrc).file("executor/kernels.cu").compile("q3n_executor");
 }
 
 /// `f` of every item, in order, on all cores.
@@ -102,6 +111,15 @@ fn compiler() -> cc::Build {
     build
 }
 
+/// The same for CUDA kernels, which the host executor runs.
+fn cuda_compiler() -> cc::Build {
+    let mut build = cc::Build::new();
+    build.cpp(true).cpp_link_stdlib(None).std("c++17").opt_level(2).warnings(false);
+    build.flags(["-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-x", "c++"]);
+    build.flags(["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]);
+    build
+}
+
 /// Objects of a copy, and the Rust expression of its entry.
 fn make(csrc: &Path, folder: &Path, copy: &Copy) -> (Vec<PathBuf>, String) {
     let Copy { id, op, variant, .. } = copy;
@@ -110,8 +128,9 @@ fn make(csrc: &Path, folder: &Path, copy: &Copy) -> (Vec<PathBuf>, String) {
         OPERATORS.iter().find(|(o, ..)| o == op).unwrap_or_else(|| panic!("{who}: build.rs knows no operator {op}"));
     let root = folder.join(id);
     let mut sources: BTreeMap<String, String> = BTreeMap::new();
-    for dir in read_dir(csrc).filter(|p| p.is_dir()) {
-        for file in read_dir(&dir).filter(|p| p.extension().is_some_and(|e| e == "h" || e == "c" || e == "inc")) {
+    let known = ["h", "c", "inc", "cu", "cuh"].map(std::ffi::OsStr::new);
+    for dir in read_dir(csrc).filter(|p| p.is_dir()).chain([csrc.join("cuda/host")]) {
+        for file in read_dir(&dir).filter(|p| p.extension().is_some_and(|e| known.contains(&e))) {
             let name = file.strip_prefix(csrc).expect("below csrc").to_string_lossy().into_owned();
             sources.insert(name, read(&file));
         }
@@ -129,25 +148,24 @@ fn make(csrc: &Path, folder: &Path, copy: &Copy) -> (Vec<PathBuf>, String) {
     }
 
     let inc = &sources[&format!("{room}/{room}.inc")];
-    let [items, scratch, run] =
-        functions(inc, op, variant).unwrap_or_else(|| panic!("{who}: {room}.inc has no scalar {op} {variant}"));
+    let [items, scratch, run] = functions(inc, op, variant)
+        .unwrap_or_else(|| panic!("{who}: {room}.inc has no scalar or cuda_host {op} {variant}"));
     let home = sources
         .iter()
-        .find(|(name, text)| {
-            name.starts_with(&format!("{room}/")) && name.ends_with(".c") && defined(text).contains(&run)
-        })
+        .find(|(name, text)| name.starts_with(&format!("{room}/")) && is_source(name) && defined(text).contains(&run))
         .unwrap_or_else(|| panic!("{who}: no file of {room} defines {run}"))
         .0
         .clone();
+    let cuda = home.ends_with(".cu");
     let mut files = vec![home];
-    for patch in copy.patches.iter().filter(|p| p.file.ends_with(".c")) {
+    for patch in copy.patches.iter().filter(|p| is_source(p.file)) {
         if !files.iter().any(|f| f == patch.file) {
             files.push(patch.file.to_string());
         }
     }
 
     for (name, text) in &sources {
-        if !name.ends_with(".c") || files.contains(name) {
+        if !is_source(name) || files.contains(name) {
             let path = root.join(name);
             std::fs::create_dir_all(path.parent().expect("below the root")).expect("a folder in OUT_DIR");
             write(&path, text);
@@ -155,7 +173,7 @@ fn make(csrc: &Path, folder: &Path, copy: &Copy) -> (Vec<PathBuf>, String) {
     }
     // The public functions of these files get names of their own: the library's stay what they are.
     let own: Vec<String> = files.iter().flat_map(|f| defined(&sources[f])).collect();
-    let mut build = compiler();
+    let mut build = if cuda { cuda_compiler() } else { compiler() };
     for name in &own {
         build.define(name, format!("q3n_mutant_{id}_{name}").as_str());
     }
@@ -193,16 +211,33 @@ fn make(csrc: &Path, folder: &Path, copy: &Copy) -> (Vec<PathBuf>, String) {
     (build.compile_intermediates(), entry)
 }
 
-/// The items, scratch and run functions of a variant in an operator's list: `X(op, name, isa, items, scratch, run)`.
+fn is_source(name: &str) -> bool {
+    name.ends_with(".c") || name.ends_with(".cu")
+}
+
+/// The items, scratch and run functions of a variant in an operator's list: `X(op, name, isa, items, scratch, run)` or
+/// `Q3N_CUDA_HOST_VARIANT(X, op, name, functions)`.
 fn functions(inc: &str, op: &str, variant: &str) -> Option<[String; 3]> {
-    inc.replace("\\\n", " ").split("X(").skip(1).find_map(|entry| {
+    let inc = inc.replace("\\\n", " ");
+    let cuda = inc.split("Q3N_CUDA_HOST_VARIANT(").skip(1).find_map(|entry| {
         let fields: Vec<&str> = entry.split(')').next()?.split(',').map(str::trim).collect();
         match fields[..] {
-            [o, v, "Q3N_ISA_SCALAR", items, scratch, run] if o == op && v == variant => {
-                Some([items, scratch, run].map(String::from))
+            ["X", o, v, name] if o == op && v == variant => {
+                Some(["_items", "_scratch_bytes", ""].map(|end| format!("q3n_{name}_cuda_host{end}")))
             }
             _ => None,
         }
+    });
+    cuda.or_else(|| {
+        inc.split("X(").skip(1).find_map(|entry| {
+            let fields: Vec<&str> = entry.split(')').next()?.split(',').map(str::trim).collect();
+            match fields[..] {
+                [o, v, "Q3N_ISA_SCALAR", items, scratch, run] if o == op && v == variant => {
+                    Some([items, scratch, run].map(String::from))
+                }
+                _ => None,
+            }
+        })
     })
 }
 
@@ -219,6 +254,11 @@ fn defined(text: &str) -> Vec<String> {
         }
         if let Some(rest) = line.strip_prefix("Q3N_DEFINE_BEST_FIRST(") {
             names.push(format!("q3n_{}_best", rest.split(')').next().unwrap_or("").trim()));
+        }
+        // csrc/cuda/launch.cuh
+        if let Some(rest) = line.strip_prefix("Q3N_CUDA_OPERATOR(") {
+            let name = rest.split([',', ')']).nth(1).unwrap_or("").trim();
+            names.extend(["", "_items", "_scratch_bytes"].map(|end| format!("q3n_{name}_cuda_host{end}")));
         }
         if !line.starts_with(|c: char| c.is_ascii_alphabetic()) || line.starts_with("static") {
             continue;

@@ -1,7 +1,7 @@
-//! What every bench does: each variant this CPU can run, verified on its inputs first, then timed on one thread.
+//! What every bench does: each variant this CPU can run (but for those that only the host executor runs, which says nothing of their speed), verified on its inputs first, then timed on one thread.
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use qwen3next_kernels::{Exec, Operator};
+use qwen3next_kernels::{Exec, Isa, Operator};
 use qwen3next_verify::timed::Timed;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use std::time::Duration;
 pub fn variants<T: Timed>(c: &mut Criterion, name: &str, mut timed: T) {
     let mut group = c.benchmark_group(name);
     group.throughput(Throughput::Elements(timed.work().ops as u64));
-    for variant in T::Op::variants().into_iter().filter(|v| v.isa().available()) {
+    for variant in T::Op::variants().into_iter().filter(|v| v.isa().available() && v.isa() != Isa::CUDA_HOST) {
         timed.verify(&variant).unwrap_or_else(|e| panic!("{name} {}: {e}", variant.name()));
         let exec = Exec::variant(variant).parts(1);
         group.bench_function(BenchmarkId::from_parameter(variant.name()), |b| {

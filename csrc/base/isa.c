@@ -1,8 +1,33 @@
 #include "isa.h"
 
 #include <stdatomic.h>
+#include <stddef.h>
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 static _Atomic uint32_t mask = UINT32_MAX;
+
+#if defined(__aarch64__)
+/* The base of AArch64 does not say whether the dot products are there: the compiler's target or the system does. */
+static int has_dot_products(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return 1;
+#elif defined(__linux__)
+  enum { ASIMDDP = 20 /* HWCAP_ASIMDDP, which old headers lack */ };
+  return (int)(getauxval(AT_HWCAP) >> ASIMDDP & 1);
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, NULL, 0) == 0 && value != 0;
+#else
+  return 0;
+#endif
+}
+#endif
 
 uint32_t q3n_isa_detect(void) {
   uint32_t have = 1u << Q3N_ISA_SCALAR;
@@ -19,6 +44,10 @@ uint32_t q3n_isa_detect(void) {
   }
 #elif defined(__aarch64__)
   have |= 1u << Q3N_ISA_NEON;
+  if (has_dot_products()) have |= 1u << Q3N_ISA_NEONDOT;
+#endif
+#if defined(Q3N_CUDA_HOST)
+  have |= 1u << Q3N_ISA_CUDA_HOST;
 #endif
   return have;
 }
@@ -34,6 +63,7 @@ int32_t q3n_isa_available(q3n_isa isa) {
 }
 
 const char *q3n_isa_name(q3n_isa isa) {
-  static const char *const name[Q3N_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon"};
+  static const char *const name[Q3N_ISA_COUNT] = {"scalar",     "avx2", "avx512",  "avx512vnni",
+                                                  "avx512bf16", "neon", "neondot", "cuda_host"};
   return (uint32_t)isa < Q3N_ISA_COUNT ? name[isa] : "";
 }

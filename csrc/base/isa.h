@@ -11,6 +11,8 @@ typedef enum q3n_isa {
   Q3N_ISA_AVX512VNNI, /* AVX512 + VNNI */
   Q3N_ISA_AVX512BF16, /* AVX512VNNI + BF16 dot products */
   Q3N_ISA_NEON,       /* AArch64 Advanced SIMD */
+  Q3N_ISA_NEONDOT,    /* NEON + 8-bit dot products (FEAT_DotProd) */
+  Q3N_ISA_CUDA_HOST,  /* CUDA kernels on the CPU, in libraries built with `cuda-host`: to check them, not to be fast */
   Q3N_ISA_COUNT
 } q3n_isa;
 

@@ -9,7 +9,8 @@
         text ": dtype not supported by this operator", text ": value out of range",    \
         text ": needs instructions that this CPU or the ISA mask does not offer",      \
         text ": not a sub-range of the work items", text ": holds a NaN",              \
-        text ": not the struct size of this library version"                           \
+        text ": not the struct size of this library version",                          \
+        text ": failed on the device or in the host executor"                          \
   }
 
 static const char *const messages[Q3N_ARG_COUNT][Q3N_KIND_COUNT] = {

@@ -18,6 +18,7 @@ typedef enum q3n_kind {
   Q3N_RANGE,   /* begin, end is not a sub-range of 0, items */
   Q3N_NAN,     /* data that must be ordered holds a NaN */
   Q3N_ABI,     /* struct_bytes is not the size this library was built with */
+  Q3N_DEVICE,  /* the CUDA runtime or the host executor failed: csrc/cuda/cuda.h tells its text */
   Q3N_KIND_COUNT
 } q3n_kind;
 

@@ -8,6 +8,7 @@
 #define Q3N_CAUSAL_CONV_H
 
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef struct q3n_causal_conv_args {
   uint64_t struct_bytes; /* sizeof(q3n_causal_conv_args) */
@@ -31,5 +32,6 @@ typedef struct q3n_causal_conv_args {
 } q3n_causal_conv_args;
 
 Q3N_DECLARE_OPERATOR(causal_conv);
+Q3N_DECLARE_CUDA(causal_conv, causal_conv);
 
 #endif

@@ -93,7 +93,10 @@ static void convolve_token(const span *s, int64_t t, int64_t taps, int silu, flo
 
 static inline q3n_status run_spans(const q3n_causal_conv_args *a, int64_t begin, int64_t end) {
   const int64_t blocks = q3n_ceil_div(a->C, Q3N_CAUSAL_CONV_CHANNELS), window = a->width - 1;
-  span s = {.x_t = a->x_t, .window = window};
+  /* no initialiser: it would clear 60 KB a call */
+  span s;
+  s.x_t = a->x_t;
+  s.window = window;
   for (int64_t item = begin; item < end;) {
     const int64_t b = item / blocks, from = item % blocks, at_most = SPAN / Q3N_CAUSAL_CONV_CHANNELS;
     int64_t together = blocks - from < end - item ? blocks - from : end - item;

@@ -13,6 +13,7 @@
 #define Q3N_GATED_DELTA_H
 
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef enum q3n_gate {
   Q3N_GATE_NONE = 0,   /* DeltaNet: g must be NULL */
@@ -69,5 +70,6 @@ typedef struct q3n_gated_delta_args {
 } q3n_gated_delta_args;
 
 Q3N_DECLARE_OPERATOR(gated_delta);
+Q3N_DECLARE_CUDA(gated_delta, gated_delta_recurrent);
 
 #endif

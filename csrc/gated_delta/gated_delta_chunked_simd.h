@@ -11,16 +11,26 @@ enum {
   WIDE = 2,                        /* vectors across a tile */
   TALL = LANES / 2,                /* its rows */
   PANEL = WIDE * LANES,            /* value channels of a panel */
+  HEADS = 2,                       /* at most so many value heads share keys and queries */
   TAIL = Q3N_GATED_DELTA_TAIL      /* shorter ends of sequences are taken token by token */
 };
 
+/* Rows of some arrays, to be asked for while other work goes on. */
+typedef struct ahead {
+  const char *at[2 + 2 * HEADS];
+  int64_t bytes[2 + 2 * HEADS], stride[2 + 2 * HEADS];
+  int arrays, which;
+  int64_t left, asked; /* rows of all, and at a time: a number that does not vary, so that no branch is guessed wrong */
+} ahead;
+
 typedef struct chunk {
   int64_t n, C, P;   /* tokens in it, and at most; K rounded up to LANES */
-  float *s;          /* [panels][P][PANEL] the state, transposed */
+  float *s[HEADS];   /* [panels][P][PANEL] the state of each, transposed */
   float *k, *q;      /* [C][P] keys and queries as read; then k: decayed to the chunk's end with a decay a channel */
   float *kt, *qt;    /* [P][2 C], one beside the other: transposed; decayed from the start with a decay a channel */
   float *decay;      /* [C][P] exp(g), a decay a channel only */
   float *key;        /* [P][C] transposed keys under way from their token to the chunk's end, likewise */
+  float *kk, *kq;    /* [C][C] products of keys with keys and queries, not with a decay a channel */
   float *at, *pt;    /* [C][C] A and P transposed: what lies below the diagonal is not read */
   float *u;          /* [C][PANEL] */
   float *gain, *gain_low; /* [P] decay over the whole chunk, and what its rounding left over */
@@ -29,18 +39,69 @@ typedef struct chunk {
   double *reach, *e; /* [C] Γ of one token to all others; exp(g) */
   double *gamma;     /* [P] running product of a channel's decays */
   float *snap_k, *snap_decay; /* [P] */
+  ahead ahead;       /* k, q, v and o of the next chunk: a head's tokens lie pages apart */
 } chunk;
+
+/* Value heads that have the same keys and queries and go through the chunks together. */
+typedef struct together {
+  gd_head x[HEADS];
+  int64_t heads;
+} together;
+
+static inline together find_together(const q3n_gated_delta_args *a, int64_t item, int64_t end) {
+  together g = {.heads = 0};
+  for (; g.heads < HEADS && item < end; item++, g.heads++) {
+    const gd_head x = gd_find_head(a, item / a->HV, item % a->HV);
+    const gd_head *first = g.x;
+    /* Tokens that have no stride begin where others do, so T is compared too. */
+    if (g.heads > 0 && (a->gate == Q3N_GATE_CHANNEL || x.T != first->T || x.k != first->k || x.q != first->q)) break;
+    g.x[g.heads] = x;
+  }
+  return g;
+}
+
+static inline __attribute__((always_inline)) void ask(ahead *x) {
+  for (int64_t i = 0; i < x->asked && x->left > 0; i++, x->left--) {
+    for (int64_t b = 0; b < x->bytes[x->which]; b += 64) __builtin_prefetch(x->at[x->which] + b);
+    x->at[x->which] += x->stride[x->which];
+    x->which = x->which + 1 == x->arrays ? 0 : x->which + 1;
+  }
+}
+
+static inline void add_ahead(ahead *x, const float *row, int64_t n, int64_t stride) {
+  x->at[x->arrays] = (const char *)row;
+  x->bytes[x->arrays] = n * 4;
+  x->stride[x->arrays++] = stride * 4;
+}
+
+/* At most C tokens from t0 on are what comes next. `heads` are at work meanwhile. */
+static inline void set_ahead(chunk *ch, const q3n_gated_delta_args *a, const together *g, int64_t t0, int64_t heads) {
+  ch->ahead = (ahead){.left = 0};
+  if (g->heads == 0 || t0 >= g->x[0].T) return;
+  const gd_head *x = g->x;
+  add_ahead(&ch->ahead, x->k + t0 * a->k_t, a->K, a->k_t);
+  add_ahead(&ch->ahead, x->q + t0 * a->q_t, a->K, a->q_t);
+  for (int64_t h = 0; h < g->heads; h++) {
+    add_ahead(&ch->ahead, x[h].v + t0 * a->v_t, a->V, a->v_t);
+    add_ahead(&ch->ahead, x[h].o + t0 * a->o_t, a->V, a->o_t);
+  }
+  const int64_t tiles = q3n_ceil_div(ch->n, TALL);
+  const int64_t places = heads * q3n_ceil_div(a->V, PANEL) * (2 * tiles + q3n_ceil_div(a->K, 2 * TALL));
+  ch->ahead.left = ch->ahead.arrays * (x->T - t0 < ch->C ? x->T - t0 : ch->C);
+  ch->ahead.asked = q3n_ceil_div(ch->ahead.left, places);
+}
 
 static inline int64_t chunked_floats(const q3n_gated_delta_args *a, int64_t C) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   const int64_t channel = a->gate == Q3N_GATE_CHANNEL ? 2 * C * P : 0;
-  return P * VP + 4 * C * P + channel + 2 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P) + recurrent_floats(a);
+  const int64_t chunks = HEADS * P * VP + 4 * C * P + channel + 4 * C * C + C * PANEL + 4 * P + 3 * C + 2 * (2 * C + P);
+  return chunks + recurrent_floats(a);
 }
 
 static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float *at, block *b) {
   const int64_t P = padded(a->K, LANES), VP = padded(a->V, PANEL);
   chunk x = {.C = C, .P = P};
-  x.s = at, at += P * VP;
+  for (int h = 0; h < HEADS; h++) x.s[h] = at, at += P * VP;
   x.k = at, at += C * P;
   x.q = at, at += C * P;
   x.kt = at, x.qt = at + C, at += 2 * C * P;
@@ -48,6 +109,8 @@ static inline chunk layout_chunk(const q3n_gated_delta_args *a, int64_t C, float
     x.decay = at, at += C * P;
     x.key = at, at += C * P;
   }
+  x.kk = at, at += C * C;
+  x.kq = at, at += C * C;
   x.at = at, at += C * C;
   x.pt = at, at += C * C;
   x.u = at, at += C * PANEL;
@@ -106,14 +169,35 @@ static inline void set_gain(chunk *ch, int64_t c, double decay) {
   ch->gain_low[c] = (float)(decay - (double)ch->gain[c]);
 }
 
-static void load_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
-  const int64_t n = ch->n, C = ch->C, P = ch->P, channel = a->gate == Q3N_GATE_CHANNEL;
+/* What does not depend on the value head. */
+static void load_keys(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
+  const int64_t n = ch->n, C = ch->C, P = ch->P;
   for (int64_t i = 0; i < n; i++) {
     const int64_t t = t0 + i;
     load_vector(a, x->k + t * a->k_t, 1.0f, ch->k + i * P, P);
     load_vector(a, x->q + t * a->q_t, a->scale, ch->q + i * P, P);
+  }
+  transpose(ch->kt, 2 * C, ch->k, P, n, a->K, 1);
+  transpose(ch->qt, 2 * C, ch->q, P, n, a->K, 1);
+  if (a->gate == Q3N_GATE_CHANNEL) return;
+  for (int64_t j = 0; j < n; j += TALL)
+    for (int64_t i = j / LANES * LANES; i < padded(n, LANES); i += LANES) {
+      q3n_v acc[TALL][WIDE];
+      clear(acc);
+      product(acc, 0, ch->kt + j, 2 * C, ch->kt + i, 2 * C, C, a->K);
+      for (int m = 0; m < TALL; m++) {
+        q3n_v_store(ch->kk + (j + m) * C + i, acc[m][0]);
+        q3n_v_store(ch->kq + (j + m) * C + i, acc[m][1]);
+      }
+    }
+}
+
+static void load_gates(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
+  const int64_t n = ch->n, P = ch->P;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t t = t0 + i;
     ch->beta[i] = x->beta[t * a->beta_t];
-    if (channel) load_decay(a, x, t, ch->decay + i * P, P);
+    if (a->gate == Q3N_GATE_CHANNEL) load_decay(a, x, t, ch->decay + i * P, P);
     /* Gathered first: then exp takes a vector of tokens. */
     ch->start[i] = a->gate == Q3N_GATE_SCALAR ? x->g[t * a->g_t] : 0.0f;
   }
@@ -123,33 +207,22 @@ static void load_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t 
     q3n_v_store(e, q3n_v_exp(q3n_v_load(ch->start + i)));
     for (int64_t l = 0; l < LANES; l++) ch->e[i + l] = (double)e[l];
   }
-  transpose(ch->kt, 2 * C, ch->k, P, n, a->K, 1);
-  transpose(ch->qt, 2 * C, ch->q, P, n, a->K, 1);
 }
 
 /* A and P where one decay serves all channels, and the decays of rows. Γ is a running product from the last token down,
    in double: near 1, where f32 rounds every product down, it would fall behind. */
-static void scores_one_decay(chunk *ch, int64_t K) {
+static void scores_one_decay(chunk *ch) {
   const int64_t n = ch->n, C = ch->C, N = padded(n, LANES);
-  for (int64_t j = 0; j < n; j += TALL)
-    for (int64_t i = j / LANES * LANES; i < N; i += LANES) {
-      q3n_v acc[TALL][WIDE];
-      clear(acc);
-      product(acc, 0, ch->kt + j, 2 * C, ch->kt + i, 2 * C, C, K);
-      for (int m = 0; m < TALL; m++) {
-        q3n_v_store(ch->at + (j + m) * C + i, acc[m][0]);
-        q3n_v_store(ch->pt + (j + m) * C + i, acc[m][1]);
-      }
-    }
   for (int64_t i = 0; i < N; i++) ch->reach[i] = 1.0;
   for (int64_t j = n - 1; j >= 0; j--) {
+    const float *kk = ch->kk + j * C, *kq = ch->kq + j * C;
     float *aj = ch->at + j * C, *pj = ch->pt + j * C;
     ch->reach[j] = 1.0;
     ch->end[j] = (float)ch->reach[n - 1];
     for (int64_t i = j / LANES * LANES; i < N; i++) {
       const float g = (float)ch->reach[i];
-      aj[i] *= ch->beta[i] * g;
-      pj[i] *= g;
+      aj[i] = kk[i] * (ch->beta[i] * g);
+      pj[i] = kq[i] * g;
       ch->reach[i] *= ch->e[j];
     }
   }
@@ -221,12 +294,13 @@ static inline void substitute(q3n_v acc[TALL][WIDE], const float *a, int64_t C) 
 }
 
 /* u and o of TALL tokens from i on: value channels v0 on, `width` of them. */
-static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, const float *s, int64_t t0,
+static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, chunk *ch, const float *s, int64_t t0,
                          int64_t i, int64_t v0, q3n_v_mask low, q3n_v_mask high) {
   const int64_t C = ch->C;
   float *u = ch->u + i * PANEL;
   q3n_v acc[TALL][WIDE];
 
+  ask(&ch->ahead);
   clear(acc);
   product(acc, 0, ch->kt + i, 2 * C, s, PANEL, LANES, a->K);
   for (int m = 0; m < TALL; m++) {
@@ -244,6 +318,7 @@ static void panel_tokens(const q3n_gated_delta_args *a, const gd_head *x, const 
   for (int m = 0; m < TALL; m++)
     for (int w = 0; w < WIDE; w++) q3n_v_store(u + m * PANEL + w * LANES, acc[m][w]);
 
+  ask(&ch->ahead);
   clear(acc);
   product(acc, 0, ch->qt + i, 2 * C, s, PANEL, LANES, a->K);
   for (int m = 0; m < TALL; m++)
@@ -278,13 +353,14 @@ static void panel_snapshots(const q3n_gated_delta_args *a, const gd_head *x, con
   }
 }
 
-static void panel_state(const chunk *ch, float *s, int64_t K) {
+static void panel_state(chunk *ch, float *s, int64_t K) {
   for (int64_t i = 0; i < ch->n; i++)
     for (int w = 0; w < WIDE; w++) {
       float *u = ch->u + i * PANEL + w * LANES;
       q3n_v_store(u, q3n_v_mul(q3n_v_set(ch->end[i]), q3n_v_load(u)));
     }
   for (int64_t c = 0; c < K; c += TALL) {
+    if (c % (2 * TALL) == 0) ask(&ch->ahead);
     q3n_v acc[TALL][WIDE];
     for (int m = 0; m < TALL; m++)
       for (int w = 0; w < WIDE; w++) {
@@ -298,20 +374,38 @@ static void panel_state(const chunk *ch, float *s, int64_t K) {
   }
 }
 
-static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0, chunk *ch) {
-  load_chunk(a, x, t0, ch);
+static void run_chunk(const q3n_gated_delta_args *a, const gd_head *x, float *state, int64_t t0, chunk *ch) {
+  load_gates(a, x, t0, ch);
   if (a->gate == Q3N_GATE_CHANNEL)
     scores_channel_decay(ch, a->K);
   else
-    scores_one_decay(ch, a->K);
+    scores_one_decay(ch);
   for (int64_t v0 = 0; v0 < a->V; v0 += PANEL) {
     const int64_t width = a->V - v0 < PANEL ? a->V - v0 : PANEL;
-    float *s = ch->s + v0 * ch->P;
+    float *s = state + v0 * ch->P;
     for (int64_t i = 0; i < ch->n; i += TALL)
       panel_tokens(a, x, ch, s, t0, i, v0, q3n_v_first(width), q3n_v_first(width - LANES));
     if (x->snapshots) panel_snapshots(a, x, ch, s, t0, v0, width);
     panel_state(ch, s, a->K);
   }
+}
+
+static void load_state(const q3n_gated_delta_args *a, const gd_head *x, const chunk *ch, float *state) {
+  for (int64_t v0 = 0; v0 < a->V; v0 += PANEL) {
+    const int64_t width = a->V - v0 < PANEL ? a->V - v0 : PANEL;
+    float *s = state + v0 * ch->P;
+    for (int64_t i = 0; i < ch->P * PANEL; i += LANES) q3n_v_store(s + i, q3n_v_zero());
+    if (x->state_in) transpose(s, PANEL, x->state_in + v0 * a->state_v, a->state_v, width, a->K, 1);
+  }
+}
+
+/* As `rows` >= V rows, those past V zeros. */
+static void store_state(const q3n_gated_delta_args *a, float *to, int64_t to_row, int64_t rows, const chunk *ch,
+                        const float *state) {
+  for (int64_t v0 = 0; v0 < a->V; v0 += PANEL)
+    transpose(to + v0 * to_row, to_row, state + v0 * ch->P, PANEL, a->K, a->V - v0 < PANEL ? a->V - v0 : PANEL, 0);
+  for (int64_t r = a->V; r < rows; r++)
+    for (int64_t c = 0; c < ch->P; c += LANES) q3n_v_store(to + r * to_row + c, q3n_v_zero());
 }
 
 static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch,
@@ -320,33 +414,38 @@ static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begi
   block b;
   chunk ch = layout_chunk(a, C, scratch, &b);
 
-  for (int64_t item = begin; item < end; item++) {
-    const gd_head x = gd_find_head(a, item / a->HV, item % a->HV);
-    const int64_t rest = x.T % C, chunked = rest < TAIL ? x.T - rest : x.T;
+  together next = find_together(a, begin, end);
+  for (int64_t item = begin; item < end;) {
+    const together g = next;
+    const gd_head *x = g.x;
+    item += g.heads;
+    next = find_together(a, item, end);
+    const int64_t T = x->T, rest = T % C, chunked = rest < TAIL ? T - rest : T;
     if (K == 0) {
-      gd_zero_output(a, &x);
+      for (int64_t h = 0; h < g.heads; h++) gd_zero_output(a, x + h);
       continue;
     }
-    if (chunked > 0) {
-      for (int64_t v0 = 0; v0 < V; v0 += PANEL) {
-        const int64_t width = V - v0 < PANEL ? V - v0 : PANEL;
-        float *s = ch.s + v0 * ch.P;
-        for (int64_t i = 0; i < ch.P * PANEL; i += LANES) q3n_v_store(s + i, q3n_v_zero());
-        if (x.state_in) transpose(s, PANEL, x.state_in + v0 * a->state_v, a->state_v, width, K, 1);
+    for (int64_t t0 = 0; t0 < chunked; t0 += C) {
+      ch.n = chunked - t0 < C ? chunked - t0 : C;
+      if (t0 + ch.n < T)
+        set_ahead(&ch, a, &g, t0 + ch.n, g.heads);
+      else
+        set_ahead(&ch, a, &next, 0, g.heads);
+      load_keys(a, x, t0, &ch);
+      for (int64_t h = 0; h < g.heads; h++) {
+        float *state = ch.s[chunked > C ? h : 0]; /* after an only chunk the head is done, and its state's place free */
+        if (t0 == 0) load_state(a, x + h, &ch, state);
+        run_chunk(a, x + h, state, t0, &ch);
+        if (t0 + ch.n < chunked) continue;
+        if (chunked == T) {
+          if (x[h].state_out) store_state(a, x[h].state_out, a->state_v, V, &ch, state);
+        } else {
+          store_state(a, b.s, b.P, padded(V, ROWS), &ch, state);
+          run_rows(a, x + h, chunked, 0, V, 1, &b);
+        }
       }
-      for (int64_t t0 = 0; t0 < chunked; t0 += C) {
-        ch.n = chunked - t0 < C ? chunked - t0 : C;
-        run_chunk(a, &x, t0, &ch);
-      }
-      float *state = chunked < x.T ? b.s : x.state_out;
-      const int64_t row = chunked < x.T ? b.P : a->state_v;
-      for (int64_t v0 = 0; state && v0 < V; v0 += PANEL)
-        transpose(state + v0 * row, row, ch.s + v0 * ch.P, PANEL, K, V - v0 < PANEL ? V - v0 : PANEL, 0);
-      /* The rows that pad b.s. */
-      for (int64_t r = V; chunked < x.T && r < padded(V, ROWS); r++)
-        for (int64_t c = 0; c < b.P; c += LANES) q3n_v_store(b.s + r * b.P + c, q3n_v_zero());
     }
-    if (chunked < x.T || chunked == 0) run_rows(a, &x, chunked, 0, V, chunked > 0, &b);
+    for (int64_t h = 0; h < g.heads && chunked == 0; h++) run_rows(a, x + h, 0, 0, V, 0, &b);
   }
   return Q3N_OK;
 }

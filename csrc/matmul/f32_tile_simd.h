@@ -11,8 +11,8 @@ enum { Q3N_F32_ROWS = Q3N_REGISTERS / 4 };
 
 /* y[Q3N_F32_ROWS m + r] = x[m] . w[r]. A vector of running sums a dot, added as a tree: the bits depend on the two rows
    alone. */
-static inline __attribute__((always_inline)) void q3n_f32_tile_of(float *y, const float *const *w, const float *const *x,
-                                                                  int64_t n, const int tokens) {
+static inline __attribute__((always_inline)) void q3n_f32_tile_of(float *y, const float *const *w,
+                                                                  const float *const *x, int64_t n, const int tokens) {
   const float *x0 = x[0], *x1 = tokens > 1 ? x[1] : x0, *x2 = tokens > 2 ? x[2] : x0;
 #define SUMS(m)                                                                                                      \
   q3n_v s##m##0 = q3n_v_zero(), s##m##1 = s##m##0, s##m##2 = s##m##0, s##m##3 = s##m##0, s##m##4 = s##m##0,          \
@@ -21,19 +21,25 @@ static inline __attribute__((always_inline)) void q3n_f32_tile_of(float *y, cons
   SUMS(1)
   SUMS(2)
 #undef SUMS
-#define ROW(r)                                                             \
+#define ROW(left, r)                                                       \
   if (r < Q3N_F32_ROWS) {                                                  \
-    const q3n_v row = q3n_v_keep(q3n_v_load_upto(w[r] + i, n - i));        \
+    const q3n_v row = q3n_v_keep(q3n_v_load_upto(w[r] + i, left));         \
     s0##r = q3n_v_fma(row, a, s0##r);                                      \
     if (tokens > 1) s1##r = q3n_v_fma(row, b, s1##r);                      \
     if (tokens > 2) s2##r = q3n_v_fma(row, c, s2##r);                      \
   }
-  for (int64_t i = 0; i < n; i += Q3N_LANES) {
-    const q3n_v a = q3n_v_load_upto(x0 + i, n - i);
-    const q3n_v b = tokens > 1 ? q3n_v_load_upto(x1 + i, n - i) : a;
-    const q3n_v c = tokens > 2 ? q3n_v_load_upto(x2 + i, n - i) : a;
-    ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) ROW(6) ROW(7)
+#define COLUMNS(left)                                                                                           \
+  {                                                                                                             \
+    const q3n_v a = q3n_v_load_upto(x0 + i, left);                                                              \
+    const q3n_v b = tokens > 1 ? q3n_v_load_upto(x1 + i, left) : a;                                             \
+    const q3n_v c = tokens > 2 ? q3n_v_load_upto(x2 + i, left) : a;                                             \
+    ROW(left, 0) ROW(left, 1) ROW(left, 2) ROW(left, 3) ROW(left, 4) ROW(left, 5) ROW(left, 6) ROW(left, 7)     \
   }
+  int64_t i = 0;
+  /* sixteen registers leave none for a mask */
+  for (; Q3N_REGISTERS == 16 && i + Q3N_LANES <= n; i += Q3N_LANES) COLUMNS(Q3N_LANES)
+  for (; i < n; i += Q3N_LANES) COLUMNS(n - i)
+#undef COLUMNS
 #undef ROW
 #define STORE(m)                                                                                                \
   if (tokens > m) {                                                                                             \

@@ -56,7 +56,8 @@ static inline q3n_q8_weights q3n_q8_weights_of(q3n_q8_products by, const void *w
 /* y [tokens][32]. */
 static inline void q3n_q8_multiply(q3n_q8_products by, q3n_dtype type, float *y, const q3n_q8_weights *w,
                                    const uint8_t *const *x, int64_t tokens, int64_t blocks, const uint8_t *next) {
-  if (w->group[0])
+  /* without blocks w may be NULL */
+  if (w->group[0] || blocks == 0)
     by.tile_of(type, tokens)(y, w->group[0], w->group[1], x, blocks, next);
   else
     by.rows_of(type, tokens)(y, w->row, x, blocks, next);

@@ -16,6 +16,6 @@ typedef void q3n_q8_tile(float *y, const uint8_t *w0, const uint8_t *w1, const u
 
 /* The tile of `tokens` (1 to 6, 8 or 10) rows for weights of a (row) dtype; NULL where there is none. */
 typedef q3n_q8_tile *q3n_q8_tile_of(q3n_dtype dtype, int64_t tokens);
-q3n_q8_tile_of q3n_q8_tile_avx512vnni;
+q3n_q8_tile_of q3n_q8_tile_avx512vnni, q3n_q8_tile_avx2, q3n_q8_tile_neon, q3n_q8_tile_neondot;
 
 #endif

@@ -10,6 +10,7 @@
 
 #include "../base/dtype.h"
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 /* p = softmax over all E logits; the top_k largest, ties to the lower index, in descending order; normalize: weights
    divided by their sum. Items are tokens. The order is that of the logits, so how exp rounds never moves a choice.
@@ -28,6 +29,9 @@ typedef struct q3n_moe_route_args {
 } q3n_moe_route_args;
 
 Q3N_DECLARE_OPERATOR(moe_route);
+
+/* On a device bad_token alone tells of a NaN: the call is queued, not finished, when it returns. */
+Q3N_DECLARE_CUDA(moe_route, moe_route);
 
 /* Sorts the T * top_k (token, choice) pairs by expert, stably: order lists them as t * top_k + choice, and those of
    expert e are order[offsets[e]] .. order[offsets[e+1]]. One item. Duplicate ids within a token are ordinary.

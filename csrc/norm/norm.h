@@ -10,6 +10,7 @@
 #define Q3N_NORM_H
 
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef enum q3n_norm_kind {
   Q3N_NORM_RMS = 0,
@@ -33,5 +34,6 @@ typedef struct q3n_norm_args {
 } q3n_norm_args;
 
 Q3N_DECLARE_OPERATOR(norm);
+Q3N_DECLARE_CUDA(norm, norm);
 
 #endif

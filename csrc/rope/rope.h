@@ -4,6 +4,7 @@
 #define Q3N_ROPE_H
 
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef struct q3n_rope_args {
   uint64_t struct_bytes; /* sizeof(q3n_rope_args) */
@@ -17,5 +18,6 @@ typedef struct q3n_rope_args {
 } q3n_rope_args;
 
 Q3N_DECLARE_OPERATOR(rope);
+Q3N_DECLARE_CUDA(rope, rope);
 
 #endif

@@ -12,5 +12,6 @@ int64_t q3n_rope_scratch(const q3n_rope_args *a);
 /* The same, the frequencies in whole vectors. */
 int64_t q3n_rope_avx512_scratch(const q3n_rope_args *a);
 int64_t q3n_rope_avx2_scratch(const q3n_rope_args *a);
+int64_t q3n_rope_neon_scratch(const q3n_rope_args *a);
 
 #endif

@@ -59,6 +59,37 @@ static inline q3n_v q3n_v_nfma(q3n_v x, q3n_v y, q3n_v z) { return _mm256_fnmadd
 static inline q3n_v q3n_v_select(q3n_v_mask m, q3n_v x, q3n_v y) {
   return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(m));
 }
+/* The larger; y where either is NaN. */
+static inline q3n_v q3n_v_max(q3n_v x, q3n_v y) { return _mm256_max_ps(x, y); }
+/* The largest lane; no lane is NaN. */
+static inline float q3n_v_largest(q3n_v x) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+/* Where x is not y: a NaN is not itself. */
+static inline q3n_v_mask q3n_v_differs(q3n_v x, q3n_v y) {
+  return _mm256_castps_si256(_mm256_cmp_ps(x, y, _CMP_NEQ_UQ));
+}
+static inline q3n_v_mask q3n_v_finite(q3n_v x) {
+  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+  return _mm256_castps_si256(_mm256_cmp_ps(size, _mm256_set1_ps(__builtin_inff()), _CMP_LT_OQ));
+}
+static inline q3n_v_mask q3n_v_both(q3n_v_mask m, q3n_v_mask n) { return _mm256_and_si256(m, n); }
+/* Bit i is set where lane i is. */
+static inline uint32_t q3n_v_bits(q3n_v_mask m) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(m)); }
+/* Numbers of other types, one after the other. */
+static inline q3n_v q3n_v_load_f16(const uint16_t *p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+static inline q3n_v q3n_v_set_f16(uint16_t x) { return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+static inline q3n_v q3n_v_load_bf16(const uint16_t *p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline q3n_v q3n_v_load_i8(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
 /* Lane i everywhere. */
 static inline q3n_v q3n_v_lane(q3n_v x, int i) { return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(i)); }
 /* The lower and the upper half change places. */
@@ -148,6 +179,12 @@ static inline q3n_v q3n_v_exp(q3n_v x) {
 static inline q3n_v q3n_v_silu(q3n_v x) {
   const q3n_v e = q3n_v_exp(q3n_v_sub(q3n_v_zero(), x));
   return q3n_v_div(x, q3n_v_add(q3n_v_set(1.0f), e));
+}
+
+/* 1 / (1 + e^-x), as many. */
+static inline q3n_v q3n_v_sigmoid(q3n_v x) {
+  const q3n_v one = q3n_v_set(1.0f);
+  return q3n_v_div(one, q3n_v_add(one, q3n_v_exp(q3n_v_sub(q3n_v_zero(), x))));
 }
 
 /* Doubles: the lower and the upper half of a vector of floats, and back. */

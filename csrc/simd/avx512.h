@@ -45,6 +45,30 @@ static inline q3n_v q3n_v_fma(q3n_v x, q3n_v y, q3n_v z) { return _mm512_fmadd_p
 static inline q3n_v q3n_v_nfma(q3n_v x, q3n_v y, q3n_v z) { return _mm512_fnmadd_ps(x, y, z); }
 /* x where the mask is set, else y. */
 static inline q3n_v q3n_v_select(q3n_v_mask m, q3n_v x, q3n_v y) { return _mm512_mask_blend_ps(m, y, x); }
+/* The larger; y where either is NaN. */
+static inline q3n_v q3n_v_max(q3n_v x, q3n_v y) { return _mm512_max_ps(x, y); }
+/* The largest lane; no lane is NaN. */
+static inline float q3n_v_largest(q3n_v x) { return _mm512_reduce_max_ps(x); }
+/* Where x is not y: a NaN is not itself. */
+static inline q3n_v_mask q3n_v_differs(q3n_v x, q3n_v y) { return _mm512_cmp_ps_mask(x, y, _CMP_NEQ_UQ); }
+static inline q3n_v_mask q3n_v_finite(q3n_v x) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+}
+static inline q3n_v_mask q3n_v_both(q3n_v_mask m, q3n_v_mask n) { return m & n; }
+/* Bit i is set where lane i is. */
+static inline uint32_t q3n_v_bits(q3n_v_mask m) { return m; }
+/* Numbers of other types, one after the other. */
+static inline q3n_v q3n_v_load_f16(const uint16_t *p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+static inline q3n_v q3n_v_set_f16(uint16_t x) { return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x))); }
+static inline q3n_v q3n_v_load_bf16(const uint16_t *p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+static inline q3n_v q3n_v_load_i8(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
 /* Lane i everywhere. */
 static inline q3n_v q3n_v_lane(q3n_v x, int i) { return _mm512_permutexvar_ps(_mm512_set1_epi32(i), x); }
 /* The lower and the upper half change places. */
@@ -142,6 +166,12 @@ static inline q3n_v q3n_v_exp(q3n_v x) {
 static inline q3n_v q3n_v_silu(q3n_v x) {
   const q3n_v e = q3n_v_exp(q3n_v_sub(q3n_v_zero(), x));
   return q3n_v_div(x, q3n_v_add(q3n_v_set(1.0f), e));
+}
+
+/* 1 / (1 + e^-x), as many. */
+static inline q3n_v q3n_v_sigmoid(q3n_v x) {
+  const q3n_v one = q3n_v_set(1.0f);
+  return q3n_v_div(one, q3n_v_add(one, q3n_v_exp(q3n_v_sub(q3n_v_zero(), x))));
 }
 
 /* Doubles: the lower and the upper half of a vector of floats, and back. */

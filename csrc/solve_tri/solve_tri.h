@@ -9,6 +9,7 @@
 #define Q3N_SOLVE_TRI_H
 
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef struct q3n_solve_tri_args {
   uint64_t struct_bytes; /* sizeof(q3n_solve_tri_args) */
@@ -23,5 +24,6 @@ typedef struct q3n_solve_tri_args {
 } q3n_solve_tri_args;
 
 Q3N_DECLARE_OPERATOR(solve_tri);
+Q3N_DECLARE_CUDA(solve_tri, solve_tri);
 
 #endif

@@ -44,7 +44,8 @@ static ALLOCATOR: Counting = Counting;
 /// Bytes that one call of `forward_each` asks for, and the largest piece.
 fn asked(model: &Model, state: &mut State, tokens: &[u32], options: &Options) -> (usize, usize) {
     let batch = Batch::one(0, tokens);
-    (BYTES.store(0, Ordering::Relaxed), LARGEST.store(0, Ordering::Relaxed));
+    BYTES.store(0, Ordering::Relaxed);
+    LARGEST.store(0, Ordering::Relaxed);
     let mut rows = 0;
     model
         .forward_each(state, &batch, options, |logits| {

@@ -1,7 +1,10 @@
 /* Runs every variant of the operators in csrc on cases that `qwen3next verify --write-cases` wrote, where there is a C
    compiler and no Rust. README.md in this folder has the format of the files and says what is checked. Needs POSIX.
 
-     replay FILE...      exit status 0: every variant passed; 1: one failed; 2: a file is no file of cases */
+     replay FILE... [OP:VARIANT...]
+
+   OP:VARIANT must be among those that ran. Exit status 0: every variant passed; 1: one failed or was missing; 2: a file is
+   no file of cases. */
 #include <math.h>
 #include <signal.h>
 #include <stdint.h>
@@ -17,10 +20,12 @@ enum { MAX_ARRAYS = 32, MAX_VARIANTS = 64, ZONE = 256, MAX_REPORTS = 20 };
 
 static const uint32_t poison = 0x7fc0dead;
 
-/* What consecutive elements of an output must hold: want and bound in f64, or bits. */
+/* What consecutive elements of an output must hold: want and bound in f64, or bits of floats, or four bytes that are no
+   float. */
+typedef enum { WITHIN = 0, BITS = 1, BYTES = 2 } expectation_kind;
 typedef struct expectation {
   uint64_t first, count;
-  int bitwise;
+  expectation_kind kind;
   const uint8_t *want, *bound;
 } expectation;
 
@@ -45,6 +50,7 @@ typedef struct test_case {
   uint32_t args_bytes;
   uint32_t count;
   array arrays[MAX_ARRAYS];
+  uint8_t *neon[MAX_ARRAYS]; /* what the first variant in NEON, with dot products or without, made of the outputs */
 } test_case;
 
 /* One operator's table, its functions called through any args. */
@@ -82,7 +88,7 @@ typedef struct operator_table {
 
 #define OPERATORS(X)                                                                                              \
   X(gated_delta) X(solve_tri) X(causal_conv) X(norm) X(rope) X(attention) X(attention_merge) X(dequantize)        \
-  X(matmul) X(moe_up) X(moe_down)
+  X(matmul) X(moe_up) X(moe_down) X(activations) X(repack)
 
 OPERATORS(OPERATOR)
 
@@ -152,11 +158,13 @@ static name take_name(reader *r) {
 
 static expectation take_expectation(reader *r) {
   expectation e = {.first = take_u64(r)};
-  e.bitwise = take_u32(r) == 1;
+  const uint32_t kind = take_u32(r);
+  if (kind > BYTES) bad_file(r->file, "expects something of a kind that this program does not know");
+  e.kind = (expectation_kind)kind;
   e.count = take_u64(r);
   if (e.count > UINT64_MAX / 16) bad_file(r->file, "holds a size that no file has");
-  e.want = take(r, e.count * (e.bitwise ? 4 : 8));
-  if (!e.bitwise) e.bound = take(r, e.count * 8);
+  e.want = take(r, e.count * (e.kind == WITHIN ? 8 : 4));
+  if (e.kind == WITHIN) e.bound = take(r, e.count * 8);
   return e;
 }
 
@@ -237,15 +245,23 @@ static int compare(const test_case *c, variant *v, uint32_t which, const char *f
       memcpy(&got, a->at + (x.first + i) * 4, sizeof got);
       expected[x.first + i] = 1;
       elements++;
-      uint32_t bits;
+      uint32_t bits, wanted;
       memcpy(&bits, &got, sizeof bits);
+      if (x.kind == BYTES) {
+        memcpy(&wanted, x.want + 4 * i, sizeof wanted);
+        if (bits == wanted) continue;
+        snprintf(what, sizeof what, "output %u, bytes %llu to %llu: got %08x, expected %08x as a number of 32 bits", which,
+                 (unsigned long long)(4 * (x.first + i)), (unsigned long long)(4 * (x.first + i) + 3), bits, wanted);
+        fail(c, v, what);
+        return 0;
+      }
       if (bits == poison) {
         snprintf(what, sizeof what, "output %u, element %llu was left unwritten", which,
                  (unsigned long long)(x.first + i));
         fail(c, v, what);
         return 0;
       }
-      if (x.bitwise) {
+      if (x.kind == BITS) {
         float want;
         memcpy(&want, x.want + 4 * i, sizeof want);
         if (memcmp(&got, &want, sizeof got) == 0 || (isnan(got) && isnan(want))) continue;
@@ -313,8 +329,18 @@ static q3n_status call(const operator_table *op, int64_t i, const test_case *c, 
   return Q3N_OK;
 }
 
-static void run_variant(const operator_table *op, int64_t i, variant *v, const test_case *c, int side,
-                        const char *file) {
+/* 1 where all floats have the same bits or are NaN. */
+static int same_floats(const uint8_t *a, const uint8_t *b, uint64_t bytes) {
+  for (uint64_t i = 0; i + 4 <= bytes; i += 4) {
+    float x, y;
+    memcpy(&x, a + i, sizeof x);
+    memcpy(&y, b + i, sizeof y);
+    if (memcmp(&x, &y, sizeof x) != 0 && !(isnan(x) && isnan(y))) return 0;
+  }
+  return 1;
+}
+
+static void run_variant(const operator_table *op, int64_t i, variant *v, test_case *c, int side, const char *file) {
   const int64_t items = op->items(i, c->args), need = op->scratch_bytes(i, c->args);
   array scratch = {.bytes = need > 0 ? ((uint64_t)need + 63) / 64 * 64 : 0};
   map_array(&scratch, side);
@@ -352,7 +378,14 @@ static void run_variant(const operator_table *op, int64_t i, variant *v, const t
   }
   for (uint32_t k = 0; k < c->count; k++) {
     free(expected[k]);
-    free(whole[k]);
+    /* sums of integers are exact: dot products or not, the same bits */
+    const int neon = v->isa == Q3N_ISA_NEON || v->isa == Q3N_ISA_NEONDOT;
+    if (neon && status == Q3N_OK && c->neon[k] && !same_floats(c->neon[k], whole[k], c->arrays[k].bytes))
+      fail(c, v, "other bits than the variant with dot products");
+    if (neon && !c->neon[k])
+      c->neon[k] = whole[k];
+    else
+      free(whole[k]);
   }
   munmap(scratch.map, scratch.mapped);
 }
@@ -399,7 +432,7 @@ static void replay(const char *file) {
   for (int number = 0; r.at < r.end; number++) {
     /* in turn with the arrays' ends and with their starts at inaccessible memory */
     const int side = number % 2;
-    test_case c;
+    test_case c = {0};
     read_case(&r, &c);
     read_arrays(&r, &c, side);
     operator_table *op = find_operator(c.op);
@@ -412,10 +445,24 @@ static void replay(const char *file) {
       variant *v = &op->variants[i];
       if (!v->skipped && has_form(v, c.form)) run_variant(op, i, v, &c, side, file);
     }
-    for (uint32_t k = 0; k < c.count; k++) munmap(c.arrays[k].map, c.arrays[k].mapped);
+    for (uint32_t k = 0; k < c.count; k++) {
+      munmap(c.arrays[k].map, c.arrays[k].mapped);
+      free(c.neon[k]);
+    }
     free(c.args);
   }
   free(bytes);
+}
+
+/* Counts OP:VARIANT as a failure unless it ran. */
+static void expect_variant(const char *op_and_variant) {
+  const char *colon = strchr(op_and_variant, ':');
+  const name op_name = {op_and_variant, (uint32_t)(colon - op_and_variant)};
+  const operator_table *op = find_operator(op_name);
+  for (int64_t i = 0; op && op->used && i < op->count(); i++)
+    if (strcmp(op->variants[i].name, colon + 1) == 0 && op->variants[i].cases > 0) return;
+  printf("%s did not run\n", op_and_variant);
+  failures++;
 }
 
 int main(int argc, char **argv) {
@@ -423,14 +470,15 @@ int main(int argc, char **argv) {
   uint8_t low;
   memcpy(&low, &one, 1);
   if (argc < 2 || !low || sizeof(void *) != 8) {
-    fprintf(stderr, argc < 2 ? "usage: replay FILE...\n" : "case files are for little-endian machines of 64 bits\n");
+    fprintf(stderr, argc < 2 ? "usage: replay FILE... [OP:VARIANT...]\n" : "case files are for little-endian machines of 64 bits\n");
     return 2;
   }
   setvbuf(stdout, NULL, _IOLBF, 0);
   signal(SIGSEGV, died);
   signal(SIGBUS, died);
   signal(SIGILL, died);
-  for (int i = 1; i < argc; i++) replay(argv[i]);
+  for (int i = 1; i < argc; i++)
+    if (!strchr(argv[i], ':')) replay(argv[i]);
 
   int64_t ran = 0, skipped = 0;
   printf("%-16s %-24s %7s %9s\n", "operator", "variant", "cases", "x bound");
@@ -449,6 +497,8 @@ int main(int argc, char **argv) {
         failures++;
       }
     }
+  for (int i = 1; i < argc; i++)
+    if (strchr(argv[i], ':')) expect_variant(argv[i]);
   printf("%lld variants, %lld calls, %lld elements compared, %lld variants skipped, %lld failures\n", (long long)ran,
          (long long)runs, (long long)elements, (long long)skipped, (long long)failures);
   return failures > 0;

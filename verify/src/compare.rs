@@ -109,6 +109,20 @@ impl From<qwen3next_kernels::Error> for Failure {
     }
 }
 
+/// Compares bytes.
+pub fn bytewise(what: &str, got: &[u8], want: &[u8]) -> Result<Metrics, Failure> {
+    if let Some(recorded) = record::bytes(what, got, want) {
+        return recorded;
+    }
+    if got.len() != want.len() {
+        return Err(Failure(format!("{what}: {} bytes, {} expected", got.len(), want.len())));
+    }
+    match want.iter().zip(got).position(|(w, g)| w != g) {
+        Some(at) => Err(Failure(format!("{what}: byte {at} is {}, expected {}", got[at], want[at]))),
+        None => Ok(Metrics::default()),
+    }
+}
+
 /// Compares `got` with `want`, both packed in rows of `row` elements, against one bound per element.
 /// Non-finite values must stand at the same places: NaN for NaN, an infinity for the same infinity.
 pub fn compare(what: &str, got: &[f32], want: &[f64], bound: &[f64], row: usize) -> Result<Metrics, Failure> {

@@ -62,6 +62,10 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return refuse(&e),
     };
+    if let Err(e) = cli::mask_from_environment() {
+        eprintln!("error: {}", one_line(&e));
+        return ExitCode::from(2);
+    }
     let done = match cli.command {
         None => cli::tour::run(),
         Some(Command::Verify(args)) => cli::verify::run(args),

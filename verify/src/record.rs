@@ -5,6 +5,7 @@
 //! outputs with what it expects, the tags say which element is meant. So a file holds the inputs and bounds of the
 //! check itself. The format: neon/README.md.
 
+use crate::buffer::POISON;
 use crate::compare::{Failure, Metrics};
 use crate::guard::{self, Place};
 use crate::suite::{Options, Suite};
@@ -14,9 +15,16 @@ use std::ffi::c_void;
 use std::mem::offset_of;
 
 /// The checks whose cases are written: those that compare every output of every call with what they knew before it.
-const CHECKS: [&str; 5] = ["reference", "infinities", "identity", "origin", "any_bytes"];
+fn checks(op: &str) -> &'static [&'static str] {
+    match op {
+        "activations" => &["same_bytes"],
+        "repack" => &["layout"],
+        _ => &["reference", "infinities", "identity", "origin", "any_bytes"],
+    }
+}
 
-/// Where the args struct of an operator holds pointers: to outputs, to inputs. `None` where outputs are not f32.
+/// Where the args struct of an operator holds pointers: to outputs, to inputs. `None` where outputs are neither f32 nor
+/// compared as bytes.
 fn pointers(op: &str) -> Option<[Vec<usize>; 2]> {
     macro_rules! fields {
         ($args:ident: $($output:ident)*; $($input:ident)*) => {
@@ -39,6 +47,8 @@ fn pointers(op: &str) -> Option<[Vec<usize>; 2]> {
         "matmul" => fields!(q3n_matmul_args: y; x w),
         "moe_up" => fields!(q3n_moe_up_args: h; x gate up order offsets),
         "moe_down" => fields!(q3n_moe_down_args: y; h weights down order offsets),
+        "activations" => fields!(q3n_activations_args: y; x),
+        "repack" => fields!(q3n_repack_args: y; x),
         _ => return None,
     })
 }
@@ -49,6 +59,8 @@ enum Expected {
     Within(Vec<(f64, f64)>),
     /// Bits of each; any NaN stands for every NaN.
     Bits(Vec<u32>),
+    /// Four bytes each, which are no f32.
+    Bytes(Vec<u32>),
 }
 
 /// An array that args point into, from the first byte pointed at.
@@ -67,10 +79,18 @@ struct Call {
     arrays: Vec<Array>,
 }
 
+#[derive(Clone, Copy)]
+struct Live {
+    at: usize,
+    bytes: usize,
+    /// What it holds is no business of the check.
+    lent: bool,
+}
+
 #[derive(Default)]
 struct Recording {
-    /// Address and bytes of the arrays that live.
-    live: Vec<(usize, usize)>,
+    /// The arrays that live.
+    live: Vec<Live>,
     calls: Vec<Call>,
     /// (first tag, tags, call, array): the tags of an output's elements, in order.
     tags: Vec<(u32, u32, usize, usize)>,
@@ -94,20 +114,21 @@ pub(crate) fn active() -> bool {
 
 /// An array was made.
 pub(crate) fn made(address: usize, bytes: usize) {
-    with(|r| r.live.push((address, bytes)));
+    with(|r| r.live.push(Live { at: address, bytes, lent: false }));
 }
 
-/// An array that lies elsewhere and lives as long as the check.
+/// An array that lies elsewhere and lives as long as the check, or until it is [`gone`]. As an output it is poisoned before
+/// the call.
 pub(crate) fn lend<T>(array: &[T]) {
     // An empty one has no address of its own.
     if !array.is_empty() {
-        made(array.as_ptr() as usize, size_of_val(array));
+        with(|r| r.live.push(Live { at: array.as_ptr() as usize, bytes: size_of_val(array), lent: true }));
     }
 }
 
 /// An array is gone.
 pub(crate) fn gone(address: usize) {
-    with(|r| r.live.retain(|&(at, _)| at != address));
+    with(|r| r.live.retain(|array| array.at != address));
 }
 
 /// Keeps what a bounded comparison expects. `None`: nothing of it is recorded.
@@ -122,6 +143,15 @@ pub(crate) fn within(what: &str, got: &[f32], want: &[f64], bound: &[f64]) -> Op
 pub(crate) fn bits(what: &str, got: &[f32], want: &[f32]) -> Option<Result<Metrics, Failure>> {
     let take = |range: std::ops::Range<usize>| Expected::Bits(want[range].iter().map(|w| w.to_bits()).collect());
     with(|r| r.expect(what, got, take)).flatten()
+}
+
+/// Keeps what a comparison of bytes expects: the words of an output. `None`: nothing of it is recorded.
+pub(crate) fn bytes(what: &str, got: &[u8], want: &[u8]) -> Option<Result<Metrics, Failure>> {
+    let words = |bytes: &[u8]| -> Vec<u32> {
+        bytes.chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().expect("four bytes"))).collect()
+    };
+    let (got, want): (Vec<f32>, _) = (words(got).into_iter().map(f32::from_bits).collect(), words(want));
+    with(|r| r.expect(what, &got, |range| Expected::Bytes(want[range].to_vec()))).flatten()
 }
 
 impl Recording {
@@ -168,7 +198,7 @@ impl Recording {
             let word = u64::from_le_bytes(args[field..field + 8].try_into().expect("eight bytes")) as usize;
             let is_pointer = outputs.contains(&field) || inputs.contains(&field);
             // The end of an array is where an empty view of it points; nothing else begins there.
-            match self.live.iter().position(|&(at, bytes)| at <= word && word <= at + bytes) {
+            match self.live.iter().position(|array| array.at <= word && word <= array.at + array.bytes) {
                 Some(array) if is_pointer => found.push((array, field, word)),
                 Some(_) => return Err(format!("{op}: byte {field} of the args is a pointer that nobody told of")),
                 // Below the first page lies what stands for the address of an empty array.
@@ -180,14 +210,15 @@ impl Recording {
         }
         found.sort_unstable();
         for pointers in found.chunk_by(|a, b| a.0 == b.0) {
-            let (at, bytes) = self.live[pointers[0].0];
+            let Live { at, bytes, lent } = self.live[pointers[0].0];
             let start = pointers.iter().map(|p| p.2).min().expect("a chunk is not empty");
             let len = at + bytes - start;
             // SAFETY: inside an array that lives.
             let memory = unsafe { std::slice::from_raw_parts_mut(start as *mut u8, len) };
             let output = pointers.iter().any(|p| outputs.contains(&p.1));
+            let poison = || POISON.to_le_bytes().into_iter().cycle().take(len).collect();
             call.arrays.push(Array {
-                data: memory.to_vec(),
+                data: if output && lent { poison() } else { memory.to_vec() },
                 pointers: pointers.iter().map(|p| (p.1, p.2 - start)).collect(),
                 output,
                 expected: Vec::new(),
@@ -233,7 +264,7 @@ fn form<O: Operator>(variant: &Variant<O>) -> &'static str {
     name.strip_suffix(variant.isa().name()).map_or(name, |form| form.trim_end_matches('_'))
 }
 
-/// The cases of a suite as a file, and how many. `None`: its outputs are no f32.
+/// The cases of a suite as a file, and how many. `None`: its outputs are neither f32 nor compared as bytes.
 pub(crate) fn cases<S: Suite>(options: &Options) -> Result<Option<(usize, Vec<u8>)>, String> {
     if pointers(S::Op::NAME).is_none() || !guard::AVAILABLE {
         return Ok(None);
@@ -256,10 +287,10 @@ pub(crate) fn cases<S: Suite>(options: &Options) -> Result<Option<(usize, Vec<u8
     }
     let (mut file, mut count) = (b"Q3NCASES".to_vec(), 0);
     file.extend(1u32.to_le_bytes());
-    let (checks, grid) = (S::checks(), S::grid());
+    let (all, written, grid) = (S::checks(), checks(S::Op::NAME), S::grid());
     let cases = grid.iter().step_by(options.stride.max(1));
-    for (case, check) in cases.flat_map(|case| checks.iter().map(move |check| (case, check))) {
-        for (form, recorder) in variants.iter().filter(|_| CHECKS.contains(&check.name)) {
+    for (case, check) in cases.flat_map(|case| all.iter().map(move |check| (case, check))) {
+        for (form, recorder) in variants.iter().filter(|_| written.contains(&check.name)) {
             let note = format!("--check {} --case {case} --seed {}", check.name, options.seed);
             RECORDING.set(Some(Recording { next_tag: 1, ..Recording::default() }));
             let outcome = guard::with(Place::End, || (check.run)(recorder, case, options.seed));
@@ -308,8 +339,8 @@ impl Call {
                         list.iter().for_each(|w| file.extend(w.0.to_le_bytes()));
                         list.iter().for_each(|w| file.extend(w.1.to_le_bytes()));
                     }
-                    Expected::Bits(list) => {
-                        u32(file, 1);
+                    Expected::Bits(list) | Expected::Bytes(list) => {
+                        u32(file, if matches!(expected, Expected::Bits(_)) { 1 } else { 2 });
                         u64(file, list.len());
                         list.iter().for_each(|w| file.extend(w.to_le_bytes()));
                     }

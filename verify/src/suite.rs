@@ -100,6 +100,8 @@ pub struct Options {
     pub variant: Option<String>,
     /// Only variants of this instruction set.
     pub isa: Option<Isa>,
+    /// Also variants of the host executor, where neither variant nor instruction set is named.
+    pub cuda_host: bool,
     /// Only this check.
     pub check: Option<String>,
     /// Only this case, in its printed form, instead of grid and random ones.
@@ -121,6 +123,7 @@ impl Default for Options {
             stride: 1,
             variant: None,
             isa: None,
+            cuda_host: true,
             check: None,
             case: None,
             shrink: 400,
@@ -262,7 +265,7 @@ impl Entry {
     }
 
     /// The cases of the grid with what their outputs must hold, as a file of neon/README.md's format, and how many.
-    /// `None`: the outputs are no f32, or no operator's.
+    /// `None`: the outputs are neither f32 nor compared as bytes, or no operator's.
     pub fn write_cases(&self, options: &Options) -> Result<Option<(usize, Vec<u8>)>, String> {
         (self.write_cases)(options)
     }
@@ -364,6 +367,10 @@ pub fn run_on<S: Suite>(options: &Options, variants: &[Variant<S::Op>]) -> Resul
     for variant in variants {
         if options.variant.as_deref().is_some_and(|v| v != variant.name())
             || options.isa.is_some_and(|isa| isa != variant.isa())
+            || (variant.isa() == Isa::CUDA_HOST
+                && !options.cuda_host
+                && options.variant.is_none()
+                && options.isa.is_none())
         {
             continue;
         }

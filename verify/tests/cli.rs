@@ -48,6 +48,28 @@ fn expect_refused(output: &Output, what: &str) {
 }
 
 #[test]
+fn the_environment_holds_the_program_to_instruction_sets() {
+    let folder = Folder::new("isa");
+    let verify = |names: &str| {
+        let line = "verify --op rope --quick --json -";
+        command(&folder.0, line.split_whitespace()).env("Q3N_ISA", names).output().unwrap()
+    };
+    let ran = |output: &Output| {
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let named = |verdict: &str| {
+            let of = report["results"].as_array().unwrap().iter().filter(|r| r["verdict"] == verdict);
+            of.map(|r| r["variant"].as_str().unwrap().to_string()).collect::<std::collections::BTreeSet<_>>()
+        };
+        (named("passed"), named("skipped"))
+    };
+    let (passed, skipped) = ran(&verify("scalar"));
+    assert_eq!(passed.into_iter().collect::<Vec<_>>(), ["scalar"]);
+    assert!(!skipped.is_empty() && !skipped.contains("scalar"));
+    expect_refused(&verify("sclar"), "Q3N_ISA=sclar");
+    expect_refused(&verify("scalar,,avx2"), "Q3N_ISA=scalar,,avx2");
+}
+
+#[test]
 fn bad_input_is_status_2_and_one_line() {
     let folder = Folder::new("bad");
     std::fs::write(folder.0.join("empty"), "").unwrap();

@@ -1,7 +1,9 @@
 //! Every variant of matmul on every case, and the calls it must refuse.
 
-use qwen3next_kernels::{matmul, DType, Error, Exec, View, ViewMut, Weight};
-use qwen3next_verify::cases::matmul::Matmul;
+use qwen3next_kernels::{matmul, DType, Error, Exec, Isa, Operator, View, ViewMut, Weight};
+use qwen3next_verify::buffer::Layout;
+use qwen3next_verify::cases::matmul::{multiply, Case, Inputs, Matmul, Regime};
+use qwen3next_verify::cases::quant::{Form, Type};
 use qwen3next_verify::suite::{assert_cases_round_trip, assert_passes, Options};
 
 #[test]
@@ -12,6 +14,31 @@ fn every_variant_passes_every_check() {
 #[test]
 fn cases_round_trip() {
     assert_cases_round_trip::<Matmul>();
+}
+
+/// Sums over a block are exact integers, and blocks are added in one order (csrc/matmul/q8_tile.h).
+#[test]
+fn integer_products_give_the_same_bits_on_every_instruction_set() {
+    let simd: Vec<_> =
+        matmul::Op::variants().into_iter().filter(|v| v.isa() != Isa::SCALAR && v.isa().available()).collect();
+    for dtype in [Type::Q4K, Type::Q5K, Type::Q6K, Type::Q8, Type::Q4] {
+        for form in [Form::Q8, Form::Q8R16] {
+            for m in 1..=13 {
+                let case = Case { dtype, m, n: 48, blocks: 9, form, layout: Layout::Packed, regime: Regime::Outlier };
+                let inputs = Inputs::generate(&case, m as u64);
+                let results: Vec<_> = simd
+                    .iter()
+                    .map(|v| {
+                        multiply(&Exec::variant(*v), &case, &inputs).map(|y| y.into_iter().map(f32::to_bits).collect())
+                    })
+                    .collect::<Result<Vec<Vec<u32>>, _>>()
+                    .unwrap();
+                for (variant, result) in simd.iter().zip(&results) {
+                    assert_eq!(result, &results[0], "{case}: {} and {}", variant.name(), simd[0].name());
+                }
+            }
+        }
+    }
 }
 
 #[test]

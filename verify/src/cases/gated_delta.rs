@@ -1415,6 +1415,56 @@ fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     Ok(Some(Metrics { bound_multiple, ..Metrics::default() }))
 }
 
+/// Rows of q and k that are one row, by strides of 0, are as good as copies of it: also in sequences of other lengths,
+/// which then start at the same address.
+fn repeated(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    let lengths = [case.t, 0, case.t / 2 + 1, 35];
+    let t: usize = lengths.iter().sum();
+    let (hk, hv, kd, vd) = (case.hk, case.hv, case.k, case.v);
+    if hv == 0 || kd == 0 || vd == 0 || t * hv * kd * vd > PROPERTY_WORK {
+        return Ok(None);
+    }
+    let mut cu_seqlens = vec![0i64];
+    cu_seqlens.extend(lengths.iter().scan(0, |end, &n| {
+        *end += n as i64;
+        Some(*end)
+    }));
+    let rng = &mut rng(seed);
+    let unit: [Vec<f32>; 2] = [0, 1].map(|_| unit_vector(rng, kd).into_iter().map(|x| x as f32).collect());
+    let [q, k] = unit;
+    let mut draw =
+        |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(low..high)).collect() };
+    let (v, g, beta) = (draw(t * hv * vd, -1.0, 1.0), draw(t * hv, -0.5, 0.0), draw(t * hv, 0.0, 1.0));
+    let state = draw(lengths.len() * hv * vd * kd, -1.0, 1.0);
+    let run = |q: &[f32], k: &[f32], strides: [usize; 4]| -> Result<(Vec<f32>, Vec<f32>), Failure> {
+        let (mut o, mut state) = (vec![f32::NAN; t * hv * vd], state.clone());
+        let args = gated_delta::Args {
+            o: ViewMut::new(&mut o, [1, t, hv, vd])?,
+            snapshots: None,
+            state: State::InPlace { pool: ViewMut::new(&mut state, [lengths.len(), hv, vd, kd])?, slots: None },
+            q: View::strided(q, [1, t, hk, kd], strides)?,
+            k: View::strided(k, [1, t, hk, kd], strides)?,
+            v: View::new(&v, [1, t, hv, vd])?,
+            gate: Gate::Scalar(LogDecay::unchecked(View::new(&g, [1, t, hv])?)),
+            beta: View::new(&beta, [1, t, hv])?,
+            cu_seqlens: Some(&cu_seqlens),
+            head_map: match case.heads {
+                Heads::Grouped => HeadMap::Grouped,
+                Heads::Tiled => HeadMap::Tiled,
+            },
+            qk_l2norm: case.l2norm.then_some(gated_delta::L2_NORM_EPS),
+            scale: 0.5,
+        };
+        gated_delta::run(args, &exec(variant))?;
+        Ok((o, state))
+    };
+    let (want_o, want_state) = run(&q.repeat(t * hk), &k.repeat(t * hk), [t * hk * kd, hk * kd, kd, 1])?;
+    let (o, state) = run(&q, &k, [0, 0, 0, 1])?;
+    bitwise("o", &o, &want_o)?;
+    bitwise("state", &state, &want_state)?;
+    passed()
+}
+
 /// Entries of the pool that lie 2³¹ elements apart are found all the same.
 fn far_slots(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     if case.t != 3 || case.state_len() == 0 {
@@ -1577,6 +1627,7 @@ impl Suite for GatedDelta {
             Check { name: "rollback", run: rollback },
             Check { name: "dense", run: dense },
             Check { name: "drift", run: drift },
+            Check { name: "repeated", run: repeated },
             Check { name: "far_slots", run: far_slots },
         ]
     }

@@ -21,6 +21,8 @@ choice! {
         Scaled = "scaled",
         /// One channel a thousand times the others, as trained activations have them.
         Outlier = "outlier",
+        /// All of a row the same, and quants at the ends of their range: the largest sums.
+        Largest = "largest",
     }
 }
 
@@ -81,9 +83,17 @@ impl Inputs {
                     let at = rng.random_range(0..row.len());
                     row[at] *= 1000.0;
                 }
+                Regime::Largest => {
+                    let first = row[0];
+                    row.fill(first);
+                }
             }
         }
-        Inputs { x, w: case.dtype.random(case.n * k, 1.0, &mut rng) }
+        let mut w = case.dtype.random(case.n * k, 1.0, &mut rng);
+        if case.regime == Regime::Largest {
+            case.dtype.fill_with_ends(&mut w, &mut rng);
+        }
+        Inputs { x, w }
     }
 }
 
@@ -260,6 +270,10 @@ impl Suite for Matmul {
                     let (layout, regime) = (Layout::ALL[c % 2], Regime::ALL[(i + c) % 3]);
                     let blocks = [1, 2, 3, 5][(i + j + c) % 4].min(768 / block);
                     grid.push(Case { dtype, m, n, blocks, form, layout, regime });
+                }
+                for m in [3, 31] {
+                    let regime = Regime::Largest;
+                    grid.push(Case { form, m, n: 48, blocks: 2, regime, ..plain.clone() });
                 }
                 grid.push(Case { form, n: 16, ..plain.clone() });
                 grid.push(Case { form, n: 48, ..long.clone() });

@@ -236,6 +236,14 @@ fn isolation(variant: &Variant<norm::Op>, case: &Case, seed: u64) -> Outcome {
     Ok(Some(Metrics::default()))
 }
 
+/// More rows than a dimension of a CUDA grid has blocks (65,535), with up to four rows a block.
+fn many_rows(variant: &Variant<norm::Op>, case: &Case, seed: u64) -> Outcome {
+    if case.d != 1 || case.kind != Kind::L2 || case.eps > 0.0 {
+        return Ok(None);
+    }
+    against_reference(variant, &Case { t: 4 * 65_536, h: 1, regime: Regime::Normal, ..case.clone() }, seed)
+}
+
 /// Any cut over any number of threads, packed or strided, in place or not: the same bits.
 fn cuts(variant: &Variant<norm::Op>, case: &Case, seed: u64) -> Outcome {
     let inputs = Inputs::generate(case, seed);
@@ -304,6 +312,7 @@ impl Suite for Norm {
             Check { name: "norm_before_gate", run: norm_before_gate },
             Check { name: "isolation", run: isolation },
             Check { name: "cuts", run: cuts },
+            Check { name: "many_rows", run: many_rows },
         ]
     }
 }

@@ -133,6 +133,23 @@ impl Type {
     }
 }
 
+impl Type {
+    /// Every quant of a block at an end of its range, in the types that are multiplied as integers; scales stay.
+    pub fn fill_with_ends(self, blocks: &mut [u8], rng: &mut Rng) {
+        let quants = match self {
+            Type::Q8 => 2..34,
+            Type::Q4 => 2..18,
+            Type::Q4K => 16..144,
+            Type::Q5K => 16..176,
+            Type::Q6K => 0..192,
+            _ => return,
+        };
+        for block in blocks.chunks_mut(self.dtype().block_bytes()) {
+            block[quants.clone()].fill([0x00, 0xff, 0x7f, 0x80][rng.random_range(0..4)]);
+        }
+    }
+}
+
 /// Bytes that decode to no finite number in every type, to NaN in all but MXFP4.
 pub const NAN_BYTE: u8 = 0xff;
 

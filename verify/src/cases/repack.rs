@@ -3,7 +3,7 @@
 use crate::buffer::{zones, Layout};
 use crate::case;
 use crate::cases::quant::{interleave, Blocks, Type};
-use crate::compare::{Failure, Metrics};
+use crate::compare::{bytewise, Failure, Metrics};
 use crate::guard::Guarded;
 use crate::suite::{everywhere, rng, Check, Outcome, Suite};
 use proptest::prelude::*;
@@ -57,10 +57,7 @@ fn run(exec: &Exec<Op>, case: &Case, packed: &[u8]) -> Result<Vec<u8>, Failure> 
 fn layout(variant: &Variant<Op>, case: &Case, seed: u64) -> Outcome {
     let x = inputs(case, seed);
     let (want, got) = (interleave(&x, case.dtype.dtype(), case.n()), run(&Exec::variant(*variant), case, &x)?);
-    match want.iter().zip(&got).position(|(a, b)| a != b) {
-        Some(at) => Err(Failure::new(format!("byte {at} is {}, expected {}", got[at], want[at]))),
-        None => Ok(Some(Metrics::default())),
-    }
+    bytewise("y", &got, &want).map(Some)
 }
 
 /// Any cut over any number of parts and threads gives the same bytes.

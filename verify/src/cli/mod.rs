@@ -22,11 +22,26 @@ pub mod synth;
 pub mod tour;
 pub mod verify;
 
-use anyhow::Context;
+use anyhow::{bail, Context};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use qwen3next_kernels::isa::{self, Isa};
 use qwen3next_model::whole::WholeFile;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+
+/// Holds the whole program to the instruction sets that Q3N_ISA names (`avx2`, or several with commas): how a kernel does
+/// on a smaller machine.
+pub fn mask_from_environment() -> anyhow::Result<()> {
+    let Some(names) = std::env::var_os("Q3N_ISA") else { return Ok(()) };
+    let names = names.to_string_lossy();
+    let isas = names.split(',').map(|name| Isa::from_name(name.trim())).collect::<Option<Vec<_>>>();
+    let Some(isas) = isas else {
+        let known: Vec<&str> = Isa::all().map(Isa::name).collect();
+        bail!("Q3N_ISA={names}: expected names out of {}", known.join(", "));
+    };
+    isa::allow(&isas);
+    Ok(())
+}
 
 /// A progress bar on stderr (hidden where stderr is no terminal).
 pub fn progress(len: u64, template: &str) -> ProgressBar {

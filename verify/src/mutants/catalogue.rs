@@ -51,6 +51,21 @@ const fn kernel(
     Mutant { id, bug, form: Form::Kernel { op, variant, patches } }
 }
 
+/// In a CUDA kernel, which the host executor runs.
+const fn cuda(
+    id: &'static str,
+    bug: &'static str,
+    op: &'static str,
+    variant: &'static str,
+    patches: &'static [Patch],
+) -> Mutant {
+    if cfg!(feature = "cuda-host") {
+        kernel(id, bug, op, variant, patches)
+    } else {
+        pending(id, bug, "is in a CUDA kernel: build with the feature cuda-host")
+    }
+}
+
 const fn model(id: &'static str, bug: &'static str) -> Mutant {
     Mutant { id, bug, form: Form::Model }
 }
@@ -67,6 +82,9 @@ const CONV: &str = "causal_conv/causal_conv_scalar.c";
 const NORM: &str = "norm/norm_scalar.c";
 const ROPE: &str = "rope/rope_scalar.c";
 const MOE: &str = "moe/moe_scalar.c";
+const NORM_CUDA: &str = "norm/norm.cu";
+const SOLVE_CUDA: &str = "solve_tri/solve_tri.cu";
+const DELTA_CUDA: &str = "gated_delta/gated_delta.cu";
 
 const INVERSE_NORM: &str = "1.0f / sqrtf(gd_dot(x, x, a->K) + a->qk_l2norm_eps)";
 const NORM_FACTOR: &str = "1.0 / sqrt((a->kind == Q3N_NORM_L2 ? squares : squares / (double)a->D) + (double)a->eps);";
@@ -248,7 +266,27 @@ pub const CATALOGUE: &[Mutant] = &[
             "q3n_bf16_to_f32(q3n_load_u16(p + 2 * i))",
         )],
     ),
-    pending("16", "a barrier is missing", "needs the host executor of the CUDA kernels"),
+    cuda(
+        "16a",
+        "a barrier is missing between the table and those who read it",
+        "rope",
+        "cuda_host",
+        &[at("rope/rope.cu", "  __syncthreads();\n", "")],
+    ),
+    cuda(
+        "16b",
+        "a barrier is missing: a panel is solved while warps still add to it",
+        "solve_tri",
+        "cuda_host",
+        &[at(SOLVE_CUDA, "      __syncthreads();\n      if (warp == 0) {", "      if (warp == 0) {")],
+    ),
+    cuda(
+        "16c",
+        "a barrier is missing after the last use: the next round overwrites it",
+        "solve_tri",
+        "cuda_host",
+        &[at(SOLVE_CUDA, "        }\n      }\n      __syncthreads();", "        }\n      }")],
+    ),
     kernel(
         "17a",
         "the offset of a state slot is computed in 32 bits",
@@ -276,7 +314,39 @@ pub const CATALOGUE: &[Mutant] = &[
         "scalar",
         &[at(CONV, CONV_SLOT, "(int32_t)((a->slot_in ? a->slot_in[b] : b) * a->state_slot)")],
     ),
-    pending("18", "a grid dimension exceeds 65,535", "needs the host executor of the CUDA kernels"),
+    cuda(
+        "17d",
+        "the same in a CUDA kernel",
+        "gated_delta",
+        "recurrent_cuda_host",
+        &[
+            at(
+                DELTA_CUDA,
+                "a.state_in + (a.slot_in ? a.slot_in[b] : b) * a.state_slot",
+                "a.state_in + (int32_t)((a.slot_in ? a.slot_in[b] : b) * a.state_slot)",
+            ),
+            at(
+                DELTA_CUDA,
+                "a.state_out + (a.slot_out ? a.slot_out[b] : b) * a.state_slot",
+                "a.state_out + (int32_t)((a.slot_out ? a.slot_out[b] : b) * a.state_slot)",
+            ),
+        ],
+    ),
+    cuda(
+        "18",
+        "a grid dimension exceeds 65,535",
+        "norm",
+        "cuda_host",
+        &[
+            at(NORM_CUDA, "blockIdx.x * (THREADS", "blockIdx.y * (THREADS"),
+            at(
+                NORM_CUDA,
+                "(*a), blocks, THREADS, 0, stream)\n                :",
+                "(*a), q3n_dims(1, blocks), THREADS, 0, stream)\n                :",
+            ),
+            at(NORM_CUDA, "(*a), blocks, THREADS, 0, stream);", "(*a), q3n_dims(1, blocks), THREADS, 0, stream);"),
+        ],
+    ),
     kernel(
         "19a",
         "a view's offset is ignored: β of every packed sequence is read from the first token on",
@@ -337,6 +407,17 @@ pub const CATALOGUE: &[Mutant] = &[
       const double loaded = (double)*(const volatile float *)(x + d + lane);
       part[lane] += d + lane < n ? loaded * loaded : 0.0;
     }",
+        )],
+    ),
+    cuda(
+        "22c",
+        "a vector is read where the row ends within it",
+        "norm",
+        "cuda_host",
+        &[at(
+            NORM_CUDA,
+            "d + 3 < D ? row[d + 3] : pad);",
+            "d + 3 < D ? row[d + 3] : pad + 0.0f * *(const volatile float *)(row + d + 3));",
         )],
     ),
     kernel(

@@ -86,7 +86,7 @@ fn repeated(rows: usize, made: usize, draw: impl FnOnce(usize) -> Vec<u8>) -> Ve
 
 /// The instructions for weights and activations of this form.
 fn unit(form: Form, isa: Isa) -> Unit {
-    if form.is_q8() && isa.name() == "avx512vnni" {
+    if form.is_q8() && isa != Isa::SCALAR {
         Unit::Int8
     } else {
         Unit::F32

@@ -1,0 +1,44 @@
+/* How an operator that has CUDA kernels declares them; README.md in this folder. */
+#ifndef Q3N_CUDA_CUDA_H
+#define Q3N_CUDA_CUDA_H
+
+#include <stdint.h>
+
+#include "../base/status.h"
+
+/* A cudaStream_t and a CUstream; NULL is the default stream. */
+typedef struct CUstream_st *q3n_stream;
+
+/* What a Q3N_DEVICE that this thread got last means: the text of the CUDA runtime. In libraries built with `cuda`. */
+const char *q3n_cuda_report(void);
+
+/* NULL where the CUDA driver is loaded (it is, with the first call), else why it can't be. With `cuda`. */
+const char *q3n_cuda_driver_missing(void);
+
+/* The same for the host executor: kernel, block, thread, what is wrong, file and line. With `cuda-host`. */
+const char *q3n_cuda_host_report(void);
+
+/* Declares, for kernels named q3n_<name> of an operator `op`:
+   q3n_<name>_cuda                 queues the call on `stream` and returns; pointers in args, and scratch, are device
+                                   memory, and args passed q3n_<op>_check with index arrays that the CPU can read.
+                                   Nothing is allocated and nothing waited for. args may go after the return.
+   q3n_<name>_cuda_scratch_bytes   bytes of scratch it needs
+   and the same for the host executor, in the form of a variant: one item, everything in CPU memory. */
+#define Q3N_DECLARE_CUDA(op, name)                                                                             \
+  q3n_status q3n_##name##_cuda(const q3n_##op##_args *args, void *scratch, q3n_stream stream);                 \
+  int64_t q3n_##name##_cuda_scratch_bytes(const q3n_##op##_args *args);                                        \
+  int64_t q3n_##name##_cuda_host_items(const q3n_##op##_args *args);                                           \
+  int64_t q3n_##name##_cuda_host_scratch_bytes(const q3n_##op##_args *args);                                   \
+  q3n_status q3n_##name##_cuda_host(const q3n_##op##_args *args, int64_t begin, int64_t end, void *scratch)
+
+/* The line of a variant that the host executor runs, for <op>.inc: nothing in libraries built without it. Last in the
+   list, behind a variant that is always there, so that dispatch never comes to it. */
+#if defined(Q3N_CUDA_HOST)
+#define Q3N_CUDA_HOST_VARIANT(X, op, variant, name)                                                            \
+  X(op, variant, Q3N_ISA_CUDA_HOST, q3n_##name##_cuda_host_items, q3n_##name##_cuda_host_scratch_bytes,        \
+    q3n_##name##_cuda_host)
+#else
+#define Q3N_CUDA_HOST_VARIANT(X, op, variant, name)
+#endif
+
+#endif

@@ -1,0 +1,99 @@
+/* Tensor-core products of one warp: D = A B + C with A 16 x 16 row by row, B 16 x 8 column by column, C and D 16 x 8,
+   f32 accumulation. Fragments as the PTX manual lays them out, with group = lane / 4 and member = lane % 4:
+
+     a[0..3]  two neighbouring values each, the lower column in the lower half: rows group, group + 8, group, group + 8,
+              columns 2 member (a[0], a[1]) and 2 member + 8 (a[2], a[3])
+     b[0..1]  rows 2 member and 2 member + 8, column group
+     c, d     rows group (0, 1) and group + 8 (2, 3), columns 2 member and 2 member + 1
+
+   Compute capability 8.0. On the host sums run in double and are rounded once; hardware rounds in between. */
+#ifndef Q3N_CUDA_MMA_CUH
+#define Q3N_CUDA_MMA_CUH
+
+#include "launch.cuh"
+
+#if defined(__CUDACC__)
+
+#define Q3N_MMA(name, types)                                                                                   \
+  static __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],   \
+                                              const float (&c)[4]) {                                           \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col." types                                                    \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                        \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),     \
+                   "f"(c[2]), "f"(c[3]));                                                                      \
+  }
+Q3N_MMA(q3n_mma_bf16, "f32.bf16.bf16.f32")
+Q3N_MMA(q3n_mma_f16, "f32.f16.f16.f32")
+#undef Q3N_MMA
+
+/* Two values rounded to nearest, `low` in the lower half. */
+static __device__ __forceinline__ uint32_t q3n_pack_bf16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+static __device__ __forceinline__ uint32_t q3n_pack_f16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+#else
+
+#include "../base/half.h"
+
+namespace q3n_host {
+
+struct mma_fragments {
+  uint32_t a[4], b[2];
+  float c[4];
+};
+
+template <float (*value)(uint16_t)> void finish_mma(lane_call *const *lane, unsigned) {
+  float a[16][16], b[16][8];
+  for (int l = 0; l < 32; l++) {
+    const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
+    const int group = l / 4, member = l % 4;
+    for (int i = 0; i < 8; i++)
+      a[group + i / 2 % 2 * 8][2 * member + i / 4 * 8 + i % 2] = value((uint16_t)(f.a[i / 2] >> i % 2 * 16));
+    for (int i = 0; i < 4; i++) b[2 * member + i / 2 * 8 + i % 2][group] = value((uint16_t)(f.b[i / 2] >> i % 2 * 16));
+  }
+  for (int l = 0; l < 32; l++) {
+    const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
+    float *d = (float *)lane[l]->out;
+    for (int i = 0; i < 4; i++) {
+      double sum = (double)f.c[i];
+      for (int k = 0; k < 16; k++) sum += (double)a[l / 4 + i / 2 * 8][k] * (double)b[k][2 * (l % 4) + i % 2];
+      d[i] = (float)sum;
+    }
+  }
+}
+
+template <float (*value)(uint16_t)>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], place at) {
+  const mma_fragments in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
+  float out[4];
+  warp(0xffffffffu, finish_mma<value>, 0, 32, &in, sizeof in, out, at);
+  memcpy(d, out, sizeof out);
+}
+
+} /* namespace q3n_host */
+
+static inline void q3n_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                                Q3N_AT) {
+  q3n_host::mma<q3n_bf16_to_f32>(d, a, b, c, {file, line});
+}
+static inline void q3n_mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                               Q3N_AT) {
+  q3n_host::mma<q3n_f16_to_f32>(d, a, b, c, {file, line});
+}
+static inline uint32_t q3n_pack_bf16(float low, float high) {
+  return (uint32_t)q3n_f32_to_bf16(high) << 16 | q3n_f32_to_bf16(low);
+}
+static inline uint32_t q3n_pack_f16(float low, float high) {
+  return (uint32_t)q3n_f32_to_f16(high) << 16 | q3n_f32_to_f16(low);
+}
+
+#endif
+#endif

@@ -1,0 +1,19 @@
+/* Integer tiles of words: moe_simd.h. Without integer activations, or for types that have no tile, rows are
+   decoded. */
+#include "../simd/neon.h"
+#include "moe_simd.h"
+
+q3n_status q3n_moe_up_neon(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch);
+q3n_status q3n_moe_down_neon(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch);
+
+static const q3n_q8_products products = {q3n_q8_tile_neon, NULL};
+
+q3n_status q3n_moe_up_neon(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch) {
+  if (q3n_moe_up_has_q8(a, products)) return q3n_moe_up_q8(a, begin, end, scratch, products);
+  return q3n_moe_up_f32(a, begin, end, scratch);
+}
+
+q3n_status q3n_moe_down_neon(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch) {
+  if (q3n_moe_down_has_q8(a, products)) return q3n_moe_down_q8(a, begin, end, scratch, products);
+  return q3n_moe_down_f32(a, begin, end, scratch);
+}

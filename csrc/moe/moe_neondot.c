@@ -1,0 +1,21 @@
+/* Integer tiles on sdot: moe_simd.h. Without integer activations, or for types that have no tile, the f32 form does
+   it. */
+#include "../simd/neon.h"
+#include "moe_simd.h"
+
+q3n_status q3n_moe_up_neon(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch);
+q3n_status q3n_moe_down_neon(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch);
+q3n_status q3n_moe_up_neondot(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch);
+q3n_status q3n_moe_down_neondot(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch);
+
+static const q3n_q8_products products = {q3n_q8_tile_neondot, NULL};
+
+q3n_status q3n_moe_up_neondot(const q3n_moe_up_args *a, int64_t begin, int64_t end, void *scratch) {
+  if (!q3n_moe_up_has_q8(a, products)) return q3n_moe_up_neon(a, begin, end, scratch);
+  return q3n_moe_up_q8(a, begin, end, scratch, products);
+}
+
+q3n_status q3n_moe_down_neondot(const q3n_moe_down_args *a, int64_t begin, int64_t end, void *scratch) {
+  if (!q3n_moe_down_has_q8(a, products)) return q3n_moe_down_neon(a, begin, end, scratch);
+  return q3n_moe_down_q8(a, begin, end, scratch, products);
+}
