@@ -16,7 +16,7 @@ quietly() { "$@" >"$built/log" 2>&1 || { cat "$built/log"; exit 1; }; }
 # The flags of build.rs and those of csrc/CMakeLists.txt, one line a file suffix.
 of_cargo=$(tr '\n' ' ' <../../../build.rs | grep -oE '"(x86_64|aarch64)", *"_[a-z0-9]+", *"[^"]*"' | tr -d '",' | tr -s ' ')
 cat >"$built/table.cmake" <<'SCRIPT'
-file(STRINGS "${CSRC}/CMakeLists.txt" rows REGEX "^set\\(q3n_(isas_)?(x86_64|aarch64|avx[0-9a-z]*|neon) ")
+file(STRINGS "${CSRC}/CMakeLists.txt" rows REGEX "^set\\(q3n_(isas_)?(x86_64|aarch64|avx[0-9a-z]*|neon[a-z]*) ")
 foreach(row IN LISTS rows)
   cmake_language(EVAL CODE "${row}")
 endforeach()
@@ -32,6 +32,14 @@ if [ "$(sed 's/ *$//' <<<"$of_cargo")" != "$of_cmake" ]; then
   printf 'build.rs and csrc/CMakeLists.txt give different flags:\n%s\n\n%s\n' "$of_cargo" "$of_cmake"
   exit 1
 fi
+
+. ../../isa_flags.sh
+while read -r arch suffix flags; do
+  if [ "$(echo $(isa_flags "x$suffix.c" "$arch"))" != "$flags" ]; then
+    echo "verify/isa_flags.sh and build.rs give different flags for $arch $suffix"
+    exit 1
+  fi
+done <<<"$of_cmake"
 
 echo "-- $($cc --version | head -1): add_subdirectory, static and shared"
 quietly cmake -S . -B "$built/sub" -DQ3N_SHARED=ON -DQ3N_INSTALL=ON \
