@@ -61,7 +61,7 @@ pub fn up(gate: ArrayView2<f64>, up: ArrayView2<f64>, x: ArrayView1<f64>) -> Arr
     gate.dot(&x).mapv(silu) * up.dot(&x)
 }
 
-/// Σ_c weights[c] Wdown_c h_c for one token.
+/// `Σ_c weights[c] Wdown_c h_c` for one token.
 pub fn down(experts: &[ArrayView2<f64>], h: &[ArrayView1<f64>], weights: &[f64], d: usize) -> Array1<f64> {
     let mut y = Array1::zeros(d);
     for ((down, h), &weight) in experts.iter().zip(h).zip(weights) {

@@ -1,0 +1,197 @@
+"""The operators. Tensors are float32 on the CPU and are read where they lie: any strides, as long as the last axis is
+contiguous. Shapes use the axes B sequences, T tokens, HK key heads, HV value heads, K and V channels of a head, C
+channels, W taps. Whatever is wrong raises RuntimeError with a sentence that names the argument."""
+
+import ctypes
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .native import CausalConvArgs, GatedDeltaArgs, NormArgs, run
+
+_KINDS = {"rms": 0, "rms_plus1": 1, "rms_gated": 2, "l2": 3}
+
+
+def _require(condition, op, text):
+    if not condition:
+        raise RuntimeError(f"q3n {op}: {text}")
+
+
+def _shape(op, name, tensor, *shape):
+    _require(tuple(tensor.shape) == shape, op, f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def _set(op, args, axes, dtype=torch.float32, **arrays):
+    """Addresses and strides of arrays with these axes. The last stride is not passed on: it must be 1."""
+    for name, tensor in arrays.items():
+        if tensor is None:
+            continue
+        _require(tensor.device.type == "cpu", op, f"{name}: lies on {tensor.device}, expected the CPU")
+        _require(tensor.dtype == dtype, op, f"{name}: {tensor.dtype}, expected {dtype}")
+        last = not hasattr(args, f"{name}_{axes[-1]}")
+        plain = tensor.dim() == 0 or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+        _require(not last or plain, op, f"{name}: the last axis is not contiguous")
+        setattr(args, name, tensor.data_ptr())
+        for axis, stride in zip(axes, tensor.stride()):
+            if hasattr(args, f"{name}_{axis}"):
+                setattr(args, f"{name}_{axis}", stride)
+
+
+def _state_strides(op, args, state_in, state_out, axes):
+    if state_in is not None and state_out is not None:
+        _require(state_in.stride() == state_out.stride(), op, "state_in: strides differ from those of state_out")
+    state = state_in if state_out is None else state_out
+    if state is not None:
+        for axis, stride in zip(axes, state.stride()):
+            setattr(args, f"state_{axis}", stride)
+
+
+def _sequences(op, args, b, t, cu_seqlens):
+    """The number of sequences, of which cu_seqlens packs several into one row of tokens."""
+    if cu_seqlens is None:
+        return b
+    _require(b == 1 and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0, op, "cu_seqlens: expected [N + 1], and B = 1")
+    _set(op, args, "n", torch.int64, cu_seqlens=cu_seqlens)
+    _require(int(cu_seqlens[-1]) == t, op, f"cu_seqlens: ends at {int(cu_seqlens[-1])}, expected T = {t}")
+    return cu_seqlens.numel() - 1
+
+
+@custom_op("q3n::gated_delta_out", mutates_args=("o", "state_out"), device_types="cpu")
+def gated_delta_out(
+    q: Tensor, k: Tensor, v: Tensor, g: Optional[Tensor], beta: Tensor, state_in: Optional[Tensor], o: Tensor,
+    state_out: Optional[Tensor], scale: float, qk_l2norm: bool = False, qk_l2norm_eps: float = 1e-6,
+    cu_seqlens: Optional[Tensor] = None, variant: str = "",
+) -> None:  # fmt: skip
+    """gated_delta into o [B, T, HV, V] and state_out [N, HV, V, K], or None; state_out may be state_in itself."""
+    op = "gated_delta"
+    _require(q.dim() == 4 and v.dim() == 4, op, "q, v: expected [B, T, heads, channels]")
+    (b, t, hk, kk), (hv, vv) = q.shape, v.shape[2:]
+    args = GatedDeltaArgs(struct_bytes=ctypes.sizeof(GatedDeltaArgs), qk_l2norm=qk_l2norm, qk_l2norm_eps=qk_l2norm_eps,
+                          scale=scale, T=t, HK=hk, HV=hv, K=kk, V=vv)  # fmt: skip
+    n = _sequences(op, args, b, t, cu_seqlens)
+    args.slots = args.B = n
+    _shape(op, "k", k, b, t, hk, kk)
+    _shape(op, "v", v, b, t, hv, vv)
+    _shape(op, "beta", beta, b, t, hv)
+    _shape(op, "o", o, b, t, hv, vv)
+    for name, state in (("state_in", state_in), ("state_out", state_out)):
+        if state is not None:
+            _shape(op, name, state, n, hv, vv, kk)
+    _set(op, args, "bthx", q=q, k=k, v=v, o=o)
+    _set(op, args, "bth", beta=beta)
+    if g is not None:
+        args.gate = 2 if g.dim() == 4 else 1
+        _shape(op, "g", g, b, t, hv, *([kk] if g.dim() == 4 else []))
+        _set(op, args, "bthx" if g.dim() == 4 else "bth", g=g)
+    _set(op, args, "xxxx", state_in=state_in, state_out=state_out)
+    _state_strides(op, args, state_in, state_out, ("slot", "h", "v"))
+    run(op, args, cost=8 * b * t * hv * kk * vv, variant=variant)
+
+
+@custom_op("q3n::gated_delta", mutates_args=(), device_types="cpu")
+def gated_delta(
+    q: Tensor, k: Tensor, v: Tensor, g: Optional[Tensor], beta: Tensor, state: Optional[Tensor], scale: float,
+    qk_l2norm: bool = False, qk_l2norm_eps: float = 1e-6, cu_seqlens: Optional[Tensor] = None, variant: str = "",
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    """The gated delta rule: o [B, T, HV, V] and the state [N, HV, V, K] after the last token.
+
+    q, k [B, T, HK, K]; v [B, T, HV, V]; g log-decay [B, T, HV], [B, T, HV, K] or None; beta [B, T, HV] after the sigmoid;
+    state [N, HV, V, K] or None for zeros. cu_seqlens int64 [N + 1] packs N sequences into one row (B = 1). Value head h
+    reads key head h / (HV / HK). variant: a name of native.variants("gated_delta"), or "" for the best."""
+    o, state_out = _gated_delta_like(q, v, state, cu_seqlens)
+    if state is not None and state.stride() != state_out.stride():
+        state = state.contiguous()
+    gated_delta_out(q, k, v, g, beta, state, o, state_out, scale, qk_l2norm, qk_l2norm_eps, cu_seqlens, variant)
+    return o, state_out
+
+
+def _gated_delta_like(q, v, state, cu_seqlens):
+    _require(q.dim() == 4 and v.dim() == 4, "gated_delta", "q, v: expected [B, T, heads, channels]")
+    n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return q.new_empty(v.shape), q.new_empty((n, v.shape[2], v.shape[3], q.shape[3]))
+
+
+@gated_delta.register_fake
+def _(q, k, v, g, beta, state, scale, qk_l2norm=False, qk_l2norm_eps=1e-6, cu_seqlens=None, variant=""):
+    return _gated_delta_like(q, v, state, cu_seqlens)
+
+
+@custom_op("q3n::causal_conv_out", mutates_args=("y", "state_out"), device_types="cpu")
+def causal_conv_out(
+    x: Tensor, w: Tensor, bias: Optional[Tensor], state_in: Optional[Tensor], y: Tensor, state_out: Optional[Tensor],
+    silu: bool = True, cu_seqlens: Optional[Tensor] = None, variant: str = "",
+) -> None:  # fmt: skip
+    """causal_conv into y [B, T, C] and state_out [N, C, W - 1], or None; state_out may be state_in itself."""
+    op = "causal_conv"
+    _require(x.dim() == 3 and w.dim() == 2, op, "x, w: expected [B, T, C] and [C, W]")
+    (b, t, c), width = x.shape, w.shape[1]
+    args = CausalConvArgs(struct_bytes=ctypes.sizeof(CausalConvArgs), silu=silu, T=t, C=c, width=width)
+    n = _sequences(op, args, b, t, cu_seqlens)
+    args.slots = args.B = n
+    _shape(op, "w", w, c, width)
+    _shape(op, "y", y, b, t, c)
+    if bias is not None:
+        _shape(op, "bias", bias, c)
+    for name, state in (("state_in", state_in), ("state_out", state_out)):
+        if state is not None:
+            _shape(op, name, state, n, c, width - 1)
+    _set(op, args, "btx", x=x, y=y)
+    _set(op, args, "cx", w=w)
+    _set(op, args, "x", bias=bias)
+    _set(op, args, "xxx", state_in=state_in, state_out=state_out)
+    _state_strides(op, args, state_in, state_out, ("slot", "c"))
+    run(op, args, cost=2 * b * t * c * width, variant=variant)
+
+
+@custom_op("q3n::causal_conv", mutates_args=(), device_types="cpu")
+def causal_conv(
+    x: Tensor, w: Tensor, bias: Optional[Tensor] = None, state: Optional[Tensor] = None, silu: bool = True,
+    cu_seqlens: Optional[Tensor] = None, variant: str = "",
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    """Depthwise causal convolution, then SiLU where asked for: y [B, T, C] and the window [N, C, W - 1] after the last
+    token. x [B, T, C], w [C, W], bias [C]; state: the window before the first token, None for zeros."""
+    y, state_out = _causal_conv_like(x, w, cu_seqlens)
+    if state is not None and state.stride() != state_out.stride():
+        state = state.contiguous()
+    causal_conv_out(x, w, bias, state, y, state_out, silu, cu_seqlens, variant)
+    return y, state_out
+
+
+def _causal_conv_like(x, w, cu_seqlens):
+    _require(x.dim() == 3 and w.dim() == 2, "causal_conv", "x, w: expected [B, T, C] and [C, W]")
+    n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty((n, x.shape[2], w.shape[1] - 1))
+
+
+@causal_conv.register_fake
+def _(x, w, bias=None, state=None, silu=True, cu_seqlens=None, variant=""):
+    return _causal_conv_like(x, w, cu_seqlens)
+
+
+@custom_op("q3n::norm", mutates_args=(), device_types="cpu")
+def norm(
+    x: Tensor, w: Optional[Tensor], z: Optional[Tensor] = None, kind: str = "rms", eps: float = 1e-6, variant: str = ""
+) -> Tensor:
+    """Norm of the rows of x [T, H, D]. kind: rms, rms_plus1 (weights around zero), rms_gated (z [T, H, D] gates after the
+    norm, by SiLU), l2 (no weights). w [D] or None."""
+    op = "norm"
+    _require(x.dim() == 3, op, "x: expected [T, H, D]")
+    _require(kind in _KINDS, op, f"kind: {kind!r}, expected one of {', '.join(_KINDS)}")
+    t, h, d = x.shape
+    y = x.new_empty(x.shape)
+    args = NormArgs(struct_bytes=ctypes.sizeof(NormArgs), kind=_KINDS[kind], eps=eps, T=t, H=h, D=d)
+    if w is not None:
+        _shape(op, "w", w, d)
+    if z is not None:
+        _shape(op, "z", z, t, h, d)
+    _set(op, args, "thx", x=x, y=y, z=z)
+    _set(op, args, "x", w=w)
+    run(op, args, cost=8 * t * h * d, variant=variant)
+    return y
+
+
+@norm.register_fake
+def _(x, w, z=None, kind="rms", eps=1e-6, variant=""):
+    return x.new_empty(x.shape)
