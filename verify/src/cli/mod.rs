@@ -1,10 +1,14 @@
 //! One file a subcommand.
 
 pub mod bench;
+pub mod bench_matrix;
 pub mod bench_model;
 pub mod bench_op;
 pub mod bench_peaks;
+pub mod child;
 pub mod drift;
+pub mod eval;
+pub mod fit;
 pub mod generate;
 pub mod inspect;
 pub mod logits;
@@ -15,6 +19,7 @@ pub mod perplexity;
 pub mod plot;
 pub mod plugin;
 pub mod quantize;
+pub mod regress;
 pub mod run_model;
 pub mod spelling;
 pub mod sweep;
