@@ -302,12 +302,7 @@ fn cut<'a>(batch: &Batch<'a>, size: usize, depth: usize) -> Vec<Vec<Piece<'a>>> 
     ubatches
 }
 
-fn pack(
-    state: &State,
-    pieces: &[Piece],
-    options: &Options,
-    delta: &Exec<gated_delta::Op>,
-) -> Result<Packed, Error> {
+fn pack(state: &State, pieces: &[Piece], options: &Options, delta: &Exec<gated_delta::Op>) -> Result<Packed, Error> {
     let mut packed = Packed {
         tokens: 0,
         cu_seqlens: vec![0],
