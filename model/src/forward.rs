@@ -112,12 +112,19 @@ pub struct Model {
     weights: Weights,
     /// See [`Model::fingerprint`].
     fingerprint: OnceLock<u64>,
+    /// The fused delta rule, where not the variant that dispatch picks.
+    delta: Exec<gated_delta::Op>,
 }
 
 impl Model {
     /// A model of loaded weights.
     pub fn new(config: Config, weights: Weights) -> Model {
-        Model { config, weights, fingerprint: OnceLock::new() }
+        Model { config, weights, fingerprint: OnceLock::new(), delta: Exec::default() }
+    }
+
+    /// Runs this variant wherever the delta rule is fused, in the place of the one that dispatch picks.
+    pub fn set_delta(&mut self, variant: Variant<gated_delta::Op>) {
+        self.delta = Exec::variant(variant);
     }
 
     /// [`Weights::repack`].
@@ -201,7 +208,7 @@ impl Model {
     }
 
     fn ubatch(&self, state: &mut State, pieces: &[Piece], options: &Options) -> Result<Vec<f32>, Error> {
-        let packed = pack(state, pieces, options)?;
+        let packed = pack(state, pieces, options, &self.delta)?;
         let (n, width) = (packed.tokens, self.config.hidden);
         let mut buffers = std::mem::take(&mut state.buffers);
         let mut x = buffers.take(n * width);
@@ -305,7 +312,7 @@ fn cut<'a>(batch: &Batch<'a>, size: usize, depth: usize) -> Vec<Vec<Piece<'a>>> 
     ubatches
 }
 
-fn pack(state: &State, pieces: &[Piece], options: &Options) -> Result<Packed, Error> {
+fn pack(state: &State, pieces: &[Piece], options: &Options, delta: &Exec<gated_delta::Op>) -> Result<Packed, Error> {
     let mut packed = Packed {
         tokens: 0,
         cu_seqlens: vec![0],
@@ -315,7 +322,7 @@ fn pack(state: &State, pieces: &[Piece], options: &Options) -> Result<Packed, Er
         capacity: state.capacity(),
         steps: state.depth() > 0 && pieces.iter().all(|p| p.tokens.len() <= state.depth()),
         quantize: options.activations == Activations::Q8,
-        delta: Exec::default(),
+        delta: delta.clone(),
     };
     let mut longest = 0;
     for piece in pieces {

@@ -88,15 +88,17 @@ pub fn windows<E: From<Error>>(
     options: &Options,
     each: impl FnMut(Window) -> Result<(), E>,
 ) -> Result<(), E> {
-    windows_cached(model, tokens, ctx, scored, options, CacheTypes::default(), each)
+    windows_cached(model, tokens, ctx, scored, usize::MAX, options, CacheTypes::default(), each)
 }
 
-/// As [`windows`], with KV caches of these types.
+/// As [`windows`], handing the model at most `batch` tokens in one call, with KV caches of these types.
+#[allow(clippy::too_many_arguments)]
 pub fn windows_cached<E: From<Error>>(
     model: &Model,
     tokens: &[u32],
     ctx: usize,
     scored: Scored,
+    batch: usize,
     options: &Options,
     cache: CacheTypes,
     mut each: impl FnMut(Window) -> Result<(), E>,
@@ -110,14 +112,36 @@ pub fn windows_cached<E: From<Error>>(
     let mut state = State::with_cache(model.config(), 1, ctx, cache)?;
     let first = first(ctx, scored);
     for (index, window) in tokens.chunks_exact(ctx).enumerate() {
-        state.clear(0)?;
-        // The last token of a window has no next one inside it: it need not be read.
-        let read = &window[..ctx - 1];
-        let batch = Batch::one(0, read).logits_from(first);
-        let logits = model.forward(&mut state, &batch, options)?;
+        let logits = window_logits(model, &mut state, window, first, batch, options)?;
         each(Window { index, logits: &logits, next: &window[first + 1..] })?;
     }
     Ok(())
+}
+
+/// Logits of the positions from `first` on that have a next token in this window, read from an empty state in calls of at
+/// most `batch` tokens: 1 is decoding. Forgets what slot 0 had read.
+pub fn window_logits(
+    model: &Model,
+    state: &mut State,
+    window: &[u32],
+    first: usize,
+    batch: usize,
+    options: &Options,
+) -> Result<Vec<f32>, Error> {
+    state.clear(0)?;
+    // The last token of a window has no next one inside it: it need not be read.
+    let read = &window[..window.len().saturating_sub(1)];
+    let mut logits = Vec::with_capacity(read.len().saturating_sub(first) * model.config().vocab);
+    let mut at = 0;
+    for tokens in read.chunks(batch.max(1)) {
+        let wanted = Batch::one(0, tokens).logits_from(first.saturating_sub(at));
+        model.forward_each(state, &wanted, options, |rows| {
+            logits.extend_from_slice(rows);
+            Ok::<(), Error>(())
+        })?;
+        at += tokens.len();
+    }
+    Ok(logits)
 }
 
 /// −ln p(next) under these logits, in f64.

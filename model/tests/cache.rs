@@ -84,7 +84,7 @@ fn caches_of_every_type_read_held_out_text_alike() {
     let score = |dtype: DType| {
         let (mut nll, mut all) = (Sum::default(), Vec::new());
         let (tokens, options) = (&tokens[..4 * CTX], Options::default());
-        windows_cached(&model, tokens, CTX, Scored::SecondHalf, &options, both(dtype), |window| {
+        windows_cached(&model, tokens, CTX, Scored::SecondHalf, CTX, &options, both(dtype), |window| {
             for (logits, &next) in window.logits.chunks(vocab).zip(window.next) {
                 nll.add(negative_log_likelihood(logits, next)?);
             }

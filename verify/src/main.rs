@@ -36,6 +36,12 @@ enum Command {
     Logits(cli::logits::Args),
     /// Perplexity of a text, and divergence from saved logits.
     Perplexity(cli::perplexity::Args),
+    /// The delta rule's modes against each other on a text: perplexity and divergence against thresholds.
+    Regress(cli::regress::Args),
+    /// The whole harness into a folder: verification, fused modes, builds side by side, what fits.
+    Eval(cli::eval::Args),
+    /// What a model takes of a GPU and of the host, and how many layers' experts stay on the CPU.
+    Fit(cli::fit::Args),
     /// What is in a model.
     Inspect(cli::inspect::Args),
     /// Write a model with its matrices in another type.
@@ -57,6 +63,7 @@ fn main() -> ExitCode {
         if cli::interrupt::catch() {
             return;
         }
+        cli::child::interrupt();
         qwen3next_model::whole::remove_unfinished();
         std::process::exit(130);
     });
@@ -81,6 +88,9 @@ fn main() -> ExitCode {
         Some(Command::Chat(args)) => cli::chat::run(args),
         Some(Command::Logits(args)) => cli::logits::run(args),
         Some(Command::Perplexity(args)) => cli::perplexity::run(args),
+        Some(Command::Regress(args)) => cli::regress::run(args),
+        Some(Command::Eval(args)) => cli::eval::run(args),
+        Some(Command::Fit(args)) => cli::fit::run(args),
         Some(Command::Inspect(args)) => cli::inspect::run(args),
         Some(Command::Quantize(args)) => cli::quantize::run(args),
         Some(Command::Synth(args)) => cli::synth::run(args),

@@ -1,6 +1,6 @@
 //! `qwen3next bench`: what this machine can do, what operators and the model make of it.
 
-use super::{bench_model, bench_op, bench_peaks};
+use super::{bench_matrix, bench_model, bench_op, bench_peaks};
 use crate::Done;
 
 #[derive(clap::Args)]
@@ -15,6 +15,8 @@ enum What {
     Op(bench_op::Args),
     /// Time prompt and generation of a model, with llama-bench's flags and output.
     Model(bench_model::Args),
+    /// Builds side by side: this one and others that have llama-bench's flags, in turns.
+    Matrix(bench_matrix::Args),
     /// Measure this machine's peaks: memory read, f32, bf16 and int8 arithmetic.
     Peaks(bench_peaks::Args),
 }
@@ -23,6 +25,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     match args.what {
         What::Op(args) => bench_op::run(args),
         What::Model(args) => bench_model::run(args),
+        What::Matrix(args) => bench_matrix::run(args),
         What::Peaks(args) => bench_peaks::run(args),
     }
 }

@@ -1,11 +1,15 @@
 //! One file a subcommand.
 
 pub mod bench;
+pub mod bench_matrix;
 pub mod bench_model;
 pub mod bench_op;
 pub mod bench_peaks;
 pub mod chat;
+pub mod child;
 pub mod drift;
+pub mod eval;
+pub mod fit;
 pub mod generate;
 pub mod inspect;
 pub mod interrupt;
@@ -17,6 +21,7 @@ pub mod perplexity;
 pub mod plot;
 pub mod plugin;
 pub mod quantize;
+pub mod regress;
 pub mod run_model;
 pub mod sampling;
 pub mod spelling;

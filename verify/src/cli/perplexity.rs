@@ -58,8 +58,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let bar = super::progress((tokens.len() / args.ctx) as u64, "perplexity {wide_bar} {pos}/{len} {msg} {eta}");
     let (mut nll, mut kl, mut kls, mut agree, mut row) = (Sum::default(), Sum::default(), Vec::new(), 0usize, 0usize);
     let mut base_nll = Sum::default();
-    let (options, cache) = (args.model.exact()?, args.model.cache());
-    windows_cached(&loaded.model, &tokens, args.ctx, scored, &options, cache, |window| -> anyhow::Result<()> {
+    let (options, cache, batch) = (args.model.exact()?, args.model.cache(), args.model.batch);
+    windows_cached(&loaded.model, &tokens, args.ctx, scored, batch, &options, cache, |window| -> anyhow::Result<()> {
         for (logits, &next) in window.logits.chunks_exact(vocab).zip(window.next) {
             let likelihood = negative_log_likelihood(logits, next)?;
             anyhow::ensure!(!likelihood.is_nan(), "window {}: a logit is NaN", window.index);

@@ -38,6 +38,18 @@ pub struct Args {
     /// Layers whose experts stay on the CPU (-ncmoe).
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     n_cpu_moe: Option<String>,
+    /// Layers on a GPU (-ngl).
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    gpu_layers: Option<String>,
+    /// Flash attention (-fa): attention always is.
+    #[arg(long, value_name = "0|1|on|off|auto")]
+    flash_attn: Option<String>,
+    /// Weights in the file's memory map (-mmp).
+    #[arg(long, value_name = "0|1")]
+    mmap: Option<String>,
+    /// What quantised weights meet: 8 bits a value or f32.
+    #[arg(long, value_name = "q8|f32")]
+    activations: Option<String>,
     /// Run-time repacking of weights (-rtr).
     #[arg(long, value_name = "0|1")]
     run_time_repack: Option<String>,
@@ -74,6 +86,9 @@ impl Args {
             Ok::<String, anyhow::Error>(values[0].clone())
         };
         let (cpu_moe, repack) = (only(&CPU_MOE, &self.n_cpu_moe)?, only(&REPACK, &self.run_time_repack)?);
+        let (gpu_layers, mmap) = (only(&GPU_LAYERS, &self.gpu_layers)?, only(&MMAP, &self.mmap)?);
+        let flash_attn = only(&FLASH_ATTN, &self.flash_attn)?;
+        let activations = only(&ACTIVATIONS, &self.activations)?;
         let type_k = only(&TYPE_K, &self.cache_type_k)?;
         let type_v = if self.cache_type_v.is_some() { only(&TYPE_V, &self.cache_type_v)? } else { type_k.clone() };
         let modes = fused_deltas(self.fused_delta.as_slice())?;
@@ -84,14 +99,14 @@ impl Args {
                 for &ubatch in &numbers("-ub", &self.ubatch, &[128, 256, 512, 768, 1024], 1, 1 << 20)? {
                     let setting = Setting {
                         model: self.model.clone(),
-                        gpu_layers: GPU_LAYERS.parse(&[])?[0].clone(),
+                        gpu_layers: gpu_layers.clone(),
                         cpu_moe: cpu_moe.clone(),
-                        mmap: MMAP.parse(&[])?[0].clone(),
+                        mmap: mmap.clone(),
                         repack: repack.clone(),
-                        activations: ACTIVATIONS.parse(&[])?[0].clone(),
+                        activations: activations.clone(),
                         type_k: type_k.clone(),
                         type_v: type_v.clone(),
-                        flash_attn: FLASH_ATTN.parse(&[])?[0].clone(),
+                        flash_attn: flash_attn.clone(),
                         batch,
                         ubatch,
                         threads,
