@@ -108,7 +108,7 @@ mod tests {
         let between = TWO.replace("  },\n", "  },\nllama_perf: done\n[WARN] slow: 3 [x]\n# note\nwarning: {brace}\n");
         is_two(&between);
         is_two(&TWO.replace("\"n_gen\": 0,\n", "\"n_gen\": 0,\nrepack: tensor 3 of 9\n\u{1b}[33mhot\u{1b}[0m\n"));
-        is_two(&TWO.replace("0.5,", "-nan,"));
+        is_two(&TWO.replace(": 0.5,", ": -nan,"));
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn declarations(text: &str) -> Vec<String> {
         }
         let path: String = around.iter().map(|(_, name, _)| format!("{name} / ")).collect();
         // An inherent impl is only where methods are.
-        if !(block && !whole.contains(" for ")) {
+        if !block || whole.contains(" for ") {
             found.push(format!("{path}{whole}"));
         }
         if opens {
