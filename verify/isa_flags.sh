@@ -11,3 +11,18 @@ isa_flags() {
     *_avx2.c) echo -mavx2 -mfma -mf16c ;;
   esac
 }
+
+# compile_all COMPILER FOLDER FILE FLAG...: csrc and FILE to objects in FOLDER, as many at a time as there are cores.
+compile_all() {
+  local compiler=$1 folder=$2 own=$3 target file isa job jobs=() failed=0
+  shift 3
+  target=$("$compiler" -dumpmachine)
+  for file in csrc/*/*.c "$own"; do
+    isa=$(isa_flags "$file" "$target") || continue
+    [ "$(jobs -rp | wc -l)" -lt "$(nproc)" ] || wait -n || true
+    "$compiler" -std=c11 -D_GNU_SOURCE "$@" $isa -c "$file" -o "$folder/$(basename "$file").o" &
+    jobs+=($!)
+  done
+  for job in "${jobs[@]}"; do wait "$job" || failed=1; done
+  return $failed
+}

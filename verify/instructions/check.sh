@@ -14,12 +14,8 @@ fi
 
 built=$(mktemp -d)
 trap 'rm -r "$built"' EXIT
-for file in csrc/*/*.c verify/instructions/count.c; do
-  isa=$(isa_flags "$file") || continue
-  # As build.rs compiles them.
-  "$compiler" -std=c11 -D_GNU_SOURCE -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden $isa -c "$file" \
-    -o "$built/$(basename "$file").o"
-done
+# As build.rs compiles them.
+compile_all "$compiler" "$built" verify/instructions/count.c -O3 -ffp-contract=off -fno-math-errno -fvisibility=hidden
 "$compiler" "$built"/*.o -lm -o "$built/count"
 "$built/count" >"$built/counts"
 

@@ -137,7 +137,8 @@ impl Chat<'_> {
     fn reset(&mut self) -> anyhow::Result<()> {
         self.messages = self.args.system.iter().map(|text| Message::new("system", text)).collect();
         self.sampler = self.args.sampling.sampler()?;
-        Ok(())
+        self.read = None;
+        Ok(self.session.clear()?)
     }
 
     /// Lines from stdin until it ends. At a terminal an error is told and the conversation goes on.
