@@ -94,6 +94,10 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     for (name, token) in [("bos_token", &loaded.metadata.bos_token), ("eos_token", &loaded.metadata.eos_token)] {
         extra.text(name, token.as_deref().unwrap_or_default());
     }
+    let origin = match &args.chat_template {
+        Some(path) => path.display().to_string(),
+        None => loaded.name.clone(),
+    };
     let Some(source) = given.or_else(|| loaded.metadata.chat_template.clone()) else {
         bail!(
             "{} has no chat template: use `generate`, or --chat-template FILE or --chat-template chatml",
@@ -109,7 +113,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let ctx = args.ctx.unwrap_or(sampling::open_context(loaded.model.config().context));
     let mut chat = Chat {
         args: &args,
-        template: Template::new(&source)?,
+        template: Template::new(&source).context(origin)?,
         extra,
         stops,
         messages: Vec::new(),

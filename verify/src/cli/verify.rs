@@ -56,7 +56,7 @@ pub struct Args {
     /// With --lines: every how many-th case of the grid.
     #[arg(long, requires = "lines", hide = true)]
     stride: Option<usize>,
-    /// Judge this kernel from a shared library instead of the built-in variants: a q3n_<op>_variant, or a function of
+    /// Judge this kernel from a shared library instead of the built-in variants: a q3n_OP_variant, or a function of
     /// the type of its run. Repeatable; needs --op.
     #[arg(long, value_name = "LIBRARY:SYMBOL")]
     plugin: Vec<Plugin>,
