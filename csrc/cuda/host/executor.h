@@ -274,6 +274,22 @@ inline float __int_as_float(int i) {
   memcpy(&x, &i, sizeof x);
   return x;
 }
+inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
+inline float __uint_as_float(unsigned i) { return __int_as_float((int)i); }
+/* The low word of (high:low) >> shift % 32. */
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return (unsigned)(((uint64_t)high << 32 | low) >> shift % 32);
+}
+/* Byte i is the one of (b:a) that nibble i of s names; bit 3 fills it with that byte's sign. */
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+  const uint64_t from = (uint64_t)b << 32 | a;
+  unsigned to = 0;
+  for (int i = 0; i < 4; i++) {
+    const unsigned nibble = s >> 4 * i & 15u, byte = (unsigned)(from >> 8 * (nibble & 7u)) & 0xffu;
+    to |= (nibble & 8u ? byte >> 7 ? 0xffu : 0u : byte) << 8 * i;
+  }
+  return to;
+}
 
 /* Sum of four products of signed bytes, added to c. */
 inline int __dp4a(int a, int b, int c) {
