@@ -128,17 +128,17 @@ Q3N_DEVICE uint32_t q3n_mxfp4_bytes(uint32_t nibbles) {
   return q3n_levels(nibbles, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
 }
 
-/* Values c .. c + 3 of a block, c a multiple of 4. */
-template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int c) {
+/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16: apart, so that a constant j folds. */
+template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, int in16) {
   constexpr uint32_t NIBBLES = 0x0f0f0f0fu, PAIRS = 0x03030303u, BITS = 0x01010101u;
-  const int in16 = c % 16, in32 = c % 32, high = c / 16 * 4;
+  const int c = 16 * j, in32 = j % 2 * 16 + in16, high = j % 2 * 4;
   switch (t) {
-    case Q3N_Q8_0: return b.word(2 + c);
+    case Q3N_Q8_0: return b.word(2 + c + in16);
     case Q3N_Q4_0: return q3n_bytes_minus(b.word(2 + in16) >> high & NIBBLES, 8);
     case Q3N_Q4_1: return b.word(4 + in16) >> high & NIBBLES;
     case Q3N_Q5_0:
-      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> c) << 4, 16);
-    case Q3N_Q5_1: return (b.word(8 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(4) >> c) << 4;
+      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4, 16);
+    case Q3N_Q5_1: return (b.word(8 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(4) >> (c + in16)) << 4;
     case Q3N_IQ4_NL: return q3n_iq4_bytes(b.word(2 + in16) >> high & NIBBLES);
     case Q3N_MXFP4: return q3n_mxfp4_bytes(b.word(1 + in16) >> high & NIBBLES);
     case Q3N_Q2_K: return b.word(16 + c / 128 * 32 + in32) >> c / 32 % 4 * 2 & PAIRS;
@@ -153,7 +153,7 @@ template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int c) 
       return q3n_bytes_minus((b.word(c / 128 * 64 + c / 32 % 2 * 32 + in32) >> c / 64 % 2 * 4 & NIBBLES) |
                                  (b.word(128 + c / 128 * 32 + in32) >> c / 32 % 4 * 2 & PAIRS) << 4,
                              32);
-    case Q3N_IQ4_XS: return q3n_iq4_bytes(b.word(8 + c / 32 * 16 + in16) >> c / 16 % 2 * 4 & NIBBLES);
+    case Q3N_IQ4_XS: return q3n_iq4_bytes(b.word(8 + c / 32 * 16 + in16) >> high & NIBBLES);
     default: return 0;
   }
 }
@@ -209,12 +209,57 @@ template <class R> Q3N_DEVICE int q3n_min16(q3n_dtype t, const R &b, int j) {
   }
 }
 
+/* All of a super-block's at once: byte i of s (signed) and of m belong to columns i n .. (i + 1) n - 1, n being
+   q3n_scale_columns. m only where there are minima. */
+template <class R> Q3N_DEVICE void q3n_scales(q3n_dtype t, const R &b, uint32_t (&s)[4], uint32_t (&m)[4]) {
+  constexpr uint32_t NIBBLES = 0x0f0f0f0fu, SIX = 0x3f3f3f3fu, PAIRS = 0x03030303u;
+  switch (t) {
+    case Q3N_Q2_K:
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) {
+        const uint32_t both = b.word(4 * i);
+        s[i] = both & NIBBLES, m[i] = both >> 4 & NIBBLES;
+      }
+      return;
+    case Q3N_Q3_K: {
+      const uint32_t low[2] = {b.word(96), b.word(100)}, high = b.word(104);
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++)
+        s[i] = q3n_bytes_minus((low[i % 2] >> i / 2 * 4 & NIBBLES) | (high >> 2 * i & PAIRS) << 4, 32);
+      return;
+    }
+    case Q3N_Q4_K:
+    case Q3N_Q5_K: {
+      const uint32_t first = b.word(4), second = b.word(8), third = b.word(12);
+      s[0] = first & SIX, s[1] = (third & NIBBLES) | (first >> 6 & PAIRS) << 4;
+      m[0] = second & SIX, m[1] = (third >> 4 & NIBBLES) | (second >> 6 & PAIRS) << 4;
+      return;
+    }
+    case Q3N_Q6_K:
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) s[i] = b.word(192 + 4 * i);
+      return;
+    case Q3N_IQ4_XS: {
+      const uint32_t low = b.word(4), even = low & NIBBLES, odd = low >> 4 & NIBBLES, high = b.half(2);
+      Q3N_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const uint32_t two = high >> 8 * i & 0xffu, spread = (two | two << 6 | two << 12 | two << 18) & PAIRS;
+        s[i] = q3n_bytes_minus(__byte_perm(even, odd, i ? 0x7362 : 0x5140) | spread << 4, 32);
+      }
+      return;
+    }
+    default: return;
+  }
+}
+
+Q3N_DEVICE int q3n_signed_byte(uint32_t word, int i) { return (int)(int8_t)(word >> 8 * i); }
+
 /* Byte i of a word, as a signed number. */
-Q3N_DEVICE float q3n_byte_float(uint32_t word, int i) { return (float)(int8_t)(word >> 8 * i); }
+Q3N_DEVICE float q3n_byte_float(uint32_t word, int i) { return (float)q3n_signed_byte(word, i); }
 
 /* Values c .. c + 3 of the block `b` of a block type. */
 template <class R> Q3N_DEVICE float4 q3n_values4(q3n_dtype t, const R &b, int c) {
-  const uint32_t q = q3n_quad(t, b, c);
+  const uint32_t q = q3n_quad(t, b, c / 16, c % 16);
   float scale = q3n_block_d(t, b), min = 0.0f;
   if (q3n_block_columns(t) == 256) scale *= (float)q3n_scale16(t, b, c / 16);
   if (q3n_has_min(t)) min = q3n_block_dmin(t, b);
