@@ -6,6 +6,10 @@
      b[0..1]  rows 2 member and 2 member + 8, column group
      c, d     rows group (0, 1) and group + 8 (2, 3), columns 2 member and 2 member + 1
 
+   q3n_mma_tf32 takes A 16 x 8 and B 8 x 8 in f32, whose lower 13 bits do not count: a[0..3] have rows group, group + 8,
+   group, group + 8 and columns member (a[0], a[1]) and member + 4, b[0..1] rows member and member + 4. q3n_split_tf32
+   makes two such numbers of one, within 2^-23 of it.
+
    Compute capability 8.0. On the host sums run in double and are rounded once; hardware rounds in between. */
 #ifndef Q3N_CUDA_MMA_CUH
 #define Q3N_CUDA_MMA_CUH
@@ -26,6 +30,15 @@
 Q3N_MMA(q3n_mma_bf16, "f32.bf16.bf16.f32")
 Q3N_MMA(q3n_mma_f16, "f32.f16.f16.f32")
 #undef Q3N_MMA
+
+static __device__ __forceinline__ void q3n_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                    const float (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                 "f"(c[3]));
+}
 
 /* Two values rounded to nearest, `low` in the lower half. */
 static __device__ __forceinline__ uint32_t q3n_pack_bf16(float low, float high) {
@@ -78,8 +91,36 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const fl
   memcpy(d, out, sizeof out);
 }
 
+inline float tf32_value(uint32_t bits) { return __int_as_float((int)(bits & 0xffffe000u)); }
+
+inline void finish_mma_tf32(lane_call *const *lane, unsigned) {
+  float a[16][8], b[8][8];
+  for (int l = 0; l < 32; l++) {
+    const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
+    const int group = l / 4, member = l % 4;
+    for (int i = 0; i < 4; i++) a[group + i % 2 * 8][member + i / 2 * 4] = tf32_value(f.a[i]);
+    for (int i = 0; i < 2; i++) b[member + i * 4][group] = tf32_value(f.b[i]);
+  }
+  for (int l = 0; l < 32; l++) {
+    const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
+    float *d = (float *)lane[l]->out;
+    for (int i = 0; i < 4; i++) {
+      double sum = (double)f.c[i];
+      for (int k = 0; k < 8; k++) sum += (double)a[l / 4 + i / 2 * 8][k] * (double)b[k][2 * (l % 4) + i % 2];
+      d[i] = (float)sum;
+    }
+  }
+}
+
 } /* namespace q3n_host */
 
+static inline void q3n_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                                Q3N_AT) {
+  const q3n_host::mma_fragments in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
+  float out[4];
+  q3n_host::warp(0xffffffffu, q3n_host::finish_mma_tf32, 0, 32, &in, sizeof in, out, {file, line});
+  memcpy(d, out, sizeof out);
+}
 static inline void q3n_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                                 Q3N_AT) {
   q3n_host::mma<q3n_bf16_to_f32>(d, a, b, c, {file, line});
@@ -96,4 +137,12 @@ static inline uint32_t q3n_pack_f16(float low, float high) {
 }
 
 #endif
+
+/* x = high + low but for the last bit: high is x rounded to 11 bits, low the exact rest, of which the product takes 11.
+   What is not finite, or would round to infinity, has a rest that is not finite. */
+static __device__ __forceinline__ void q3n_split_tf32(float x, uint32_t &high, uint32_t &low) {
+  high = ((uint32_t)__float_as_int(x) + 0x1000u) & 0xffffe000u;
+  low = (uint32_t)__float_as_int(x - __int_as_float((int)high));
+}
+
 #endif
