@@ -128,27 +128,6 @@ __device__ __forceinline__ int64_t warp_lowest(int64_t x) {
   return x;
 }
 
-/* The sum of x over the threads below; `all` is that over the block, a number of whole warps. */
-__device__ __forceinline__ int64_t below_in_block(int64_t x, q3n_shared<int64_t> part, int64_t &all) {
-  const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), warps = (int)(blockDim.x / 32);
-  int64_t sum = x;
-  for (int by = 1; by < 32; by *= 2) {
-    const int64_t lower = __shfl_up_sync(ALL, sum, by);
-    if (lane >= by) sum += lower;
-  }
-  __syncthreads();
-  if (lane == 31) part[warp] = sum;
-  __syncthreads();
-  int64_t below = sum - x;
-  all = 0;
-  for (int w = 0; w < warps; w++) {
-    const int64_t theirs = part[w];
-    if (w < warp) below += theirs;
-    all += theirs;
-  }
-  return below;
-}
-
 /* Everything by one block; `runs` of its warps have a run. */
 __global__ void __launch_bounds__(ALONE) group_alone(q3n_moe_group_args a, int runs, int64_t *report) {
   const int E = (int)a.E, warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
@@ -175,7 +154,7 @@ __global__ void __launch_bounds__(ALONE) group_alone(q3n_moe_group_args a, int r
     const int e = first + (int)threadIdx.x;
     int64_t count = 0;
     for (int r = 0; e < E && r < runs; r++) count += (int64_t)(uint32_t)counts[r * E + e];
-    int64_t place = start + below_in_block(count, part, all);
+    int64_t place = start + q3n_block_below(count, part, all);
     if (e < E) a.offsets[e] = place;
     for (int r = 0; e < E && r < runs; r++) {
       const uint32_t here = counts[r * E + e];
@@ -245,7 +224,7 @@ __global__ void __launch_bounds__(SCAN) group_scan(q3n_moe_group_args a, int64_t
         rows[r * a.E + e] = count;
         count += here;
       }
-    const int64_t below = below_in_block(count, part, all);
+    const int64_t below = q3n_block_below(count, part, all);
     if (e < a.E) a.offsets[e] = start + below;
     start += all;
   }

@@ -70,6 +70,7 @@ typedef struct q3n_moe_up_args {
 } q3n_moe_up_args;
 
 Q3N_DECLARE_OPERATOR(moe_up);
+Q3N_DECLARE_CUDA(moe_up, moe_up);
 
 /* y_t = [y_t +] sum over choices c, in order, of weights[t][c] Wdown_e h[(t, c)]. Items are blocks of rows of D.
    A token's result does not depend on the others, bit for bit. y overlaps no input. */
@@ -90,5 +91,6 @@ typedef struct q3n_moe_down_args {
 } q3n_moe_down_args;
 
 Q3N_DECLARE_OPERATOR(moe_down);
+Q3N_DECLARE_CUDA(moe_down, moe_down);
 
 #endif
