@@ -26,13 +26,21 @@ constexpr unsigned ALL = 0xffffffffu;
    token. */
 constexpr float SCALE = 4294967296.0f, UNSCALE = 1.0f / SCALE;
 
-/* Element of a tile in shared memory, rows of `width` numbers. Bits 3 and 4 of the column are turned by the row so that
-   rows 0 .. 3 and rows 0, 2, 4, 6 from any multiple of 4 or 8 on lie in different banks. */
-__device__ __forceinline__ int place(int row, int column, int width) {
-  return row * width + (column ^ ((row ^ row / 4) & 3) * 8);
+/* Column 8 eight + one of a row of `width` numbers in shared memory. Eights change places within fours so that rows
+   0 .. 3 and rows 0, 2, 4, 6 from any multiple of 4 or 8 on lie in different banks. */
+__device__ __forceinline__ int place(int row, int eight, int one, int width) {
+  return row * width + eight / 4 * 32 + (eight % 4 ^ ((row ^ row / 4) & 3)) * 8 + one;
 }
 
 __device__ __forceinline__ bool small(float x) { return fabsf(x) < 3.3e38f; } /* false for NaN */
+
+/* x, in a way that forbids to keep what is made of it: the state's parts would not fit into the registers. */
+__device__ __forceinline__ float anew(float x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
 
 struct left {
   uint32_t high[4], low[4];
@@ -95,7 +103,7 @@ __device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head 
   for (int i = (int)threadIdx.x; i < 2 * C * KP / 4; i += (int)blockDim.x) {
     const int which = i / (C * KP / 4), row = i / (KP / 4) % C, c = i % (KP / 4) * 4;
     const float *from = which ? at.q + (t0 + row) * a.q_t : at.k + (t0 + row) * a.k_t;
-    const q3n_shared<float> to = (which ? q : k) + place(row, c, KP);
+    const q3n_shared<float> to = (which ? q : k) + place(row, c / 8, c % 8, KP);
     if (row < n && c < a.K && vectors) {
       q3n_copy_async16(to, from + c);
     } else {
@@ -108,45 +116,41 @@ __device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head 
   q3n_copy_commit();
 }
 
-/* Gates of the tokens that this thread has, as they were read: threads 0 .. C have one each, of a single warp two. */
+/* Gates of a token as they were read: threads 0 .. C have one each. */
 struct gates {
-  float g[2], beta[2];
+  float g, beta;
 };
 
-__device__ __forceinline__ void read_gates(gates &x, const q3n_gated_delta_args &a, const head &at, int64_t t0, int n) {
-  Q3N_UNROLL
-  for (int s = 0; s < 2; s++) {
-    const int i = (int)(threadIdx.x + s * blockDim.x);
-    x.g[s] = i < n && at.g ? at.g[(t0 + i) * a.g_t] : 0.0f;
-    x.beta[s] = i < n ? at.beta[(t0 + i) * a.beta_t] : 0.0f;
-  }
+__device__ __forceinline__ gates read_gates(const q3n_gated_delta_args &a, const head &at, int64_t t0, int n) {
+  const int i = (int)threadIdx.x;
+  gates x = {0.0f, 0.0f};
+  if (i < n && at.g) x.g = at.g[(t0 + i) * a.g_t];
+  if (i < n) x.beta = at.beta[(t0 + i) * a.beta_t];
+  return x;
 }
 
 /* Every decay is a product of factors up to 1, in double: no quotient, and none that cancels. A diagonal block is 16
    lanes. */
-__device__ __forceinline__ void find_decays(const gates &x, const shared_chunk &ch) {
+__device__ __forceinline__ void find_decays(gates x, const shared_chunk &ch) {
+  const int i = (int)threadIdx.x, r = i % BLOCK;
+  if (i / 32 >= C / 32) return;
+  const float e = expf(x.g);
+  double head = (double)e, tail = 1.0;
   Q3N_UNROLL
-  for (int s = 0; s < 2; s++) {
-    const int i = (int)(threadIdx.x + s * blockDim.x), r = i % BLOCK;
-    if (i / 32 >= C / 32) break;
-    const float e = expf(x.g[s]);
-    double head = (double)e, tail = 1.0;
-    Q3N_UNROLL
-    for (int by = 1; by < BLOCK; by *= 2) {
-      const double before = __shfl_up_sync(ALL, head, by, BLOCK);
-      if (r >= by) head *= before;
-    }
-    Q3N_UNROLL
-    for (int d = 0; d < BLOCK; d++) {
-      const float later = __shfl_down_sync(ALL, e, d, BLOCK);
-      if (d > 0 && r + d < BLOCK) tail *= (double)later;
-      ch.near[i * BLOCK + d] = (float)tail;
-    }
-    ch.decay[i] = e;
-    ch.beta[i] = x.beta[s];
-    ch.head[i] = head;
-    ch.tail[i] = tail;
+  for (int by = 1; by < BLOCK; by *= 2) {
+    const double before = __shfl_up_sync(ALL, head, by, BLOCK);
+    if (r >= by) head *= before;
   }
+  Q3N_UNROLL
+  for (int d = 0; d < BLOCK; d++) {
+    const float later = __shfl_down_sync(ALL, e, d, BLOCK);
+    if (d > 0 && r + d < BLOCK) tail *= (double)later;
+    ch.near[i * BLOCK + d] = (float)tail;
+  }
+  ch.decay[i] = e;
+  ch.beta[i] = x.beta;
+  ch.head[i] = head;
+  ch.tail[i] = tail;
 }
 
 template <int KP>
@@ -158,7 +162,7 @@ __device__ __forceinline__ void find_norms(const q3n_gated_delta_args &a, int n,
     if (a.qk_l2norm && i < n) {
       float sum = 0.0f;
       if (lane < KP / 4) {
-        const float4 x = q3n_load<float4>((row < C ? ch.k : ch.q) + place(i, 4 * lane, KP));
+        const float4 x = q3n_load<float4>((row < C ? ch.k : ch.q) + place(i, lane / 2, lane % 2 * 4, KP));
         sum = __fmaf_rn(x.x, x.x, x.y * x.y) + __fmaf_rn(x.z, x.z, x.w * x.w);
       }
       norm = 1.0f / sqrtf(q3n_warp_sum(sum) + a.qk_l2norm_eps);
@@ -206,10 +210,10 @@ template <int KP> __device__ __forceinline__ void find_scores(int n, const share
       float l[4];
       Q3N_UNROLL
       for (int i = 0; i < 2; i++) {
-        const float2 pair = q3n_load<float2>(rows + place(i0 + group + 8 * i, c + 2 * member, KP));
+        const float2 pair = q3n_load<float2>(rows + place(i0 + group + 8 * i, c / 8, 2 * member, KP));
         l[2 * i] = pair.x, l[2 * i + 1] = pair.y;
       }
-      add_product(x, split_left(l), split_right(q3n_load<float2>(ch.k + place(j0 + group, c + 2 * member, KP))));
+      add_product(x, split_left(l), split_right(q3n_load<float2>(ch.k + place(j0 + group, c / 8, 2 * member, KP))));
     }
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
@@ -231,7 +235,7 @@ template <int KP> __device__ __forceinline__ void find_scores(int n, const share
         pair[m] = value * ((query ? decay : (float)ch.beta[i] * decay) * SCALE);
         if (!query && !small(pair[m])) atomicMin(&ch.bad[0], i);
       }
-      q3n_store((query ? ch.p : ch.a) + place(i, j0 + 2 * member, C), make_float2(pair[0], pair[1]));
+      q3n_store((query ? ch.p : ch.a) + place(i, j0 / 8, 2 * member, C), make_float2(pair[0], pair[1]));
     }
   }
 }
@@ -250,7 +254,7 @@ __device__ __forceinline__ void invert_diagonal(int n, const shared_chunk &ch) {
       for (int j = 0; j < i; j += 4) {
         float row[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (mine) {
-          const float4 v = q3n_load<float4>(ch.a + place(first + i, first + j, C));
+          const float4 v = q3n_load<float4>(ch.a + place(first + i, (first + j) / 8, j % 8, C));
           row[0] = v.x * UNSCALE, row[1] = v.y * UNSCALE, row[2] = v.z * UNSCALE, row[3] = v.w * UNSCALE;
         }
         Q3N_UNROLL
@@ -262,7 +266,7 @@ __device__ __forceinline__ void invert_diagonal(int n, const shared_chunk &ch) {
     }
     __syncwarp();
     for (int i = 0; i < BLOCK; i++)
-      if (mine) ch.a[place(first + i, first + column, C)] = x[i] * SCALE;
+      if (mine) ch.a[place(first + i, (first + column) / 8, column % 8, C)] = x[i] * SCALE;
   }
 }
 
@@ -341,7 +345,7 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     float dot[2] = {0.0f, 0.0f}, out[2] = {0.0f, 0.0f}, u[2];
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, 8 * i + 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
       Q3N_UNROLL
       for (int r = 0; r < 2; r++) {
         s.x[i][2 * r] *= decay, s.x[i][2 * r + 1] *= decay;
@@ -355,8 +359,8 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     }
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, 8 * i + 2 * member, KP));
-      const float2 q = q3n_load<float2>(ch.q + place(t, 8 * i + 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
+      const float2 q = q3n_load<float2>(ch.q + place(t, i, 2 * member, KP));
       Q3N_UNROLL
       for (int r = 0; r < 2; r++) {
         s.x[i][2 * r] = __fmaf_rn(u[r], k.x * key, s.x[i][2 * r]);
@@ -387,7 +391,7 @@ __device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delt
     const float low = t % 2 ? v.y : v.x, high = t % 2 ? v.w : v.z, decay = ch.decay[t], key = ch.key[t];
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, 8 * i + 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
       s.x[i][0] = __fmaf_rn(low, k.x * key, decay * s.x[i][0]);
       s.x[i][1] = __fmaf_rn(low, k.y * key, decay * s.x[i][1]);
       s.x[i][2] = __fmaf_rn(high, k.x * key, decay * s.x[i][2]);
@@ -400,7 +404,7 @@ __device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delt
 /* Columns of a product of u and A or P: b is a row's place in the matrix, transposed by how it is read. */
 __device__ __forceinline__ right matrix(q3n_shared<float> x, int i, int j) {
   const int lane = (int)(threadIdx.x % 32);
-  return split_right(q3n_load<float2>(x + place(i + lane / 4, j + 2 * (lane % 4), C)));
+  return split_right(q3n_load<float2>(x + place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
 }
 
 /* u and o of the tokens of block b. Returns how many of its tokens are good: o is stored for those, and u of the others
@@ -426,11 +430,13 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
     for (int h = 0; h < 2; h++) clear(k[h]), clear(q[h]);
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
-      const float x[4] = {s.x[c][0] * SCALE, s.x[c][1] * SCALE, s.x[c][2] * SCALE, s.x[c][3] * SCALE};
+      float x[4];
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) x[i] = anew(s.x[c][i]) * SCALE;
       const left state = split_left(x);
       Q3N_UNROLL
       for (int h = 0; h < 2; h++) {
-        const int from = place(i0 + 8 * h + group, 8 * c + 2 * member, KP);
+        const int from = place(i0 + 8 * h + group, c, 2 * member, KP);
         add_product(k[h], state, split_right(q3n_load<float2>(ch.k + from)));
         add_product(q[h], state, split_right(q3n_load<float2>(ch.q + from)));
       }
@@ -562,7 +568,7 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
     }
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
-      const float2 pair = make_float2(ch.k[place(t, 8 * c + group, KP)], ch.k[place(t + 1, 8 * c + group, KP)]);
+      const float2 pair = make_float2(ch.k[place(t, c, group, KP)], ch.k[place(t + 1, c, group, KP)]);
       const right keys = split_right(pair);
       q3n_mma_tf32(written.x[c], factor.high, keys.high, written.x[c]);
       q3n_mma_tf32(written.x[c], factor.high, keys.low, written.x[c]);
@@ -625,12 +631,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
     bool live[2];
     load_state<KP>(s, at.state_in, a.state_v, row, a, state_vectors);
     find_live<KP>(live, s);
-    gates next;
+    gates next = {0.0f, 0.0f};
     __syncthreads(); /* the item before is done with */
     if (at.T > 0) {
       const int n = (int)(at.T < C ? at.T : C);
       fetch<KP>(a, at, 0, n, token_vectors, tokens, tokens + C * KP);
-      read_gates(next, a, at, 0, n);
+      next = read_gates(a, at, 0, n);
     }
     for (int64_t t0 = 0; t0 < at.T; t0 += C) {
       const int n = (int)(at.T - t0 < C ? at.T - t0 : C), stage = (int)(t0 / C % 2);
@@ -644,7 +650,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
         const int then = (int)(at.T - t0 - C < C ? at.T - t0 - C : C);
         const q3n_shared<float> to = tokens + (1 - stage) * 2 * C * KP;
         fetch<KP>(a, at, t0 + C, then, token_vectors, to, to + C * KP);
-        read_gates(next, a, at, t0 + C, then);
+        next = read_gates(a, at, t0 + C, then);
       }
       find_decays(now, ch);
       find_norms<KP>(a, n, ch);
@@ -682,9 +688,9 @@ template <int KP> q3n_status launch(const q3n_gated_delta_args *a, q3n_stream st
                              aligned(a->state_out, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->snapshots, a->snap_b | a->snap_v, a->snap_t, a->snap_h, 0);
   const int64_t tiles = (a->V + ROWS - 1) / ROWS;
-  int64_t warps = tiles < WARPS ? tiles : WARPS;
+  int64_t warps = tiles < 2 ? 2 : tiles < WARPS ? tiles : WARPS; /* 2: a thread for every token of a chunk */
   if (2 * a->B * a->HV * ((tiles + WARPS - 1) / WARPS) <= MULTIPROCESSORS && warps > WARPS / 2) warps = WARPS / 2;
-  const int64_t per_head = warps ? (tiles + warps - 1) / warps : 0, items = a->B * a->HV * per_head;
+  const int64_t per_head = (tiles + warps - 1) / warps, items = a->B * a->HV * per_head;
   return Q3N_LAUNCH(chunked<KP>, (*a, per_head, items, token_vectors, state_vectors),
                     items < INT32_MAX ? items : INT32_MAX, warps * 32, shared_floats<KP>(warps) * 4, stream);
 }
