@@ -46,15 +46,15 @@ inline float f16_value(uint32_t u) { return q3n_f16_to_f32((uint16_t)u); }
 
 /* How products are made of a cache of type KV. 16-bit floats are B as they lie, and A is two (f16) or three (bf16) terms
    of theirs; otherwise both sides are tf32, A two terms, split where it is read, B the terms of a value. */
-constexpr bool PAIRS(q3n_dtype kv) { return kv == Q3N_F16 || kv == Q3N_BF16; }
+template <q3n_dtype KV> constexpr bool PAIRS = KV == Q3N_F16 || KV == Q3N_BF16;
 /* Terms of A as stored; floats are split later. */
-constexpr int A_TERMS(q3n_dtype kv) { return kv == Q3N_F16 ? 2 : kv == Q3N_BF16 ? 3 : 1; }
+template <q3n_dtype KV> constexpr int A_TERMS = KV == Q3N_F16 ? 2 : KV == Q3N_BF16 ? 3 : 1;
 /* Terms of a value: 11 bits each. A key's third adds nothing that q's two would not have lost. */
-constexpr int V_TERMS(q3n_dtype kv) { return kv == Q3N_F32 ? 3 : kv == Q3N_Q8_0 ? 2 : 1; }
+template <q3n_dtype KV> constexpr int V_TERMS = KV == Q3N_F32 ? 3 : KV == Q3N_Q8_0 ? 2 : 1;
 /* Products take 16 or 8 of what is summed over, so many steps 32 channels. */
-constexpr int DEPTH(q3n_dtype kv) { return PAIRS(kv) ? 16 : 8; }
+template <q3n_dtype KV> constexpr int DEPTH = PAIRS<KV> ? 16 : 8;
 /* Words that 16 rows by 32 columns of A take. */
-constexpr int A_WORDS(q3n_dtype kv) { return 16 * 32 / (PAIRS(kv) ? 2 : 1) * A_TERMS(kv); }
+template <q3n_dtype KV> constexpr int A_WORDS = 16 * 32 / (PAIRS<KV> ? 2 : 1) * A_TERMS<KV>;
 /* f16 ends at 2^-24: weights are taken times this, queries times a power of 2 that brings the row's largest near it. */
 constexpr float F16_SCALE = 16384.0f;
 
@@ -161,9 +161,9 @@ template <q3n_dtype KV> __device__ __forceinline__ void clean(octet<KV> &v) {
 
 /* The two halves of terms of A, `low` in the lower half of a word. What does not fit the type leaves no finite sum. */
 template <q3n_dtype KV>
-__device__ __forceinline__ void split_pair(uint32_t (&term)[A_TERMS(KV)], float low, float high) {
+__device__ __forceinline__ void split_pair(uint32_t (&term)[A_TERMS<KV>], float low, float high) {
   Q3N_UNROLL
-  for (int i = 0; i < A_TERMS(KV); i++) {
+  for (int i = 0; i < A_TERMS<KV>; i++) {
     const uint32_t u = KV == Q3N_F16 ? q3n_pack_f16(low, high) : q3n_pack_bf16(low, high);
     low -= KV == Q3N_F16 ? f16_value(u & 0xffffu) : value(u << 16);
     high -= KV == Q3N_F16 ? f16_value(u >> 16) : value(u & 0xffff0000u);
@@ -173,13 +173,13 @@ __device__ __forceinline__ void split_pair(uint32_t (&term)[A_TERMS(KV)], float 
 
 /* The terms of A from shared memory, the largest first. `terms` of floats are two. */
 template <q3n_dtype KV> struct fragment_a {
-  static constexpr int TERMS = PAIRS(KV) ? A_TERMS(KV) : 2;
+  static constexpr int TERMS = PAIRS<KV> ? A_TERMS<KV> : 2;
   uint32_t term[TERMS][4];
   __device__ __forceinline__ void read(q3n_shared<uint32_t> from) {
     Q3N_UNROLL
-    for (int i = 0; i < A_TERMS(KV); i++) {
+    for (int i = 0; i < A_TERMS<KV>; i++) {
       const uint4 w = q3n_load<uint4>(from + 128 * i);
-      if constexpr (PAIRS(KV)) {
+      if constexpr (PAIRS<KV>) {
         term[i][0] = w.x, term[i][1] = w.y, term[i][2] = w.z, term[i][3] = w.w;
       } else {
         q3n_split_tf32(value(w.x), term[0][0], term[1][0]);
@@ -216,7 +216,7 @@ template <q3n_dtype KV> __device__ __forceinline__ float element_at(const void *
 
 /* A row's softmax over some keys: the largest score, the sum of exp(score - max). Nothing seen: -inf and 0. A NaN score
    is left out of the maximum and makes the sum NaN. */
-struct softmax {
+struct alignas(8) softmax {
   float max, sum;
 };
 
@@ -247,8 +247,10 @@ __device__ __forceinline__ float log_sum(softmax total) {
   return total.sum == 0.0f ? -INFINITY : total.max + logf(total.sum);
 }
 
-__device__ __forceinline__ float quotient(float x, float rescale, float sum) {
-  return sum == 0.0f ? 0.0f : x * rescale / sum;
+/* Takes in the head's sink and returns what sums of values are multiplied by: 0 where the softmax is empty. */
+__device__ __forceinline__ float norm_after_sink(softmax &total, const float *sinks, int64_t h) {
+  const float rescale = sinks ? add_sink(total, sinks[h]) : 1.0f;
+  return total.sum == 0.0f ? 0.0f : rescale / total.sum;
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -337,14 +339,14 @@ __device__ __forceinline__ void stage_queries(q3n_shared<uint32_t> query, q3n_sh
       for (int j = 0; j < 8; j++) v.x[j] *= scale;
     }
     const q3n_shared<uint32_t> to =
-        query + (r / 16 * chunks + c) * A_WORDS(KV) + (r % 8 * 4 + member) * 4 + r % 16 / 8;
-    if constexpr (PAIRS(KV)) {
+        query + (r / 16 * chunks + c) * A_WORDS<KV> + (r % 8 * 4 + member) * 4 + r % 16 / 8;
+    if constexpr (PAIRS<KV>) {
       Q3N_UNROLL
       for (int j = 0; j < 4; j++) {
-        uint32_t term[A_TERMS(KV)];
+        uint32_t term[A_TERMS<KV>];
         split_pair<KV>(term, v.x[2 * j], v.x[2 * j + 1]);
         Q3N_UNROLL
-        for (int k = 0; k < A_TERMS(KV); k++) to[(j / 2 * A_TERMS(KV) + k) * 128 + j % 2 * 2] = term[k];
+        for (int k = 0; k < A_TERMS<KV>; k++) to[(j / 2 * A_TERMS<KV> + k) * 128 + j % 2 * 2] = term[k];
       }
     } else {
       Q3N_UNROLL
@@ -358,7 +360,7 @@ template <q3n_dtype KV>
 __device__ __forceinline__ void key_fragment(uint32_t (&large)[2], uint32_t (&small)[2], const octet<KV> &v, int s) {
   Q3N_UNROLL
   for (int j = 0; j < 2; j++) {
-    if constexpr (PAIRS(KV))
+    if constexpr (PAIRS<KV>)
       large[j] = v.w[2 * s + j];
     else
       q3n_split_tf32(element<KV>(v, 2 * s + j), large[j], small[j]);
@@ -371,7 +373,7 @@ template <q3n_dtype KV, int MT, bool VECTOR>
 __device__ __forceinline__ void score_keys(q3n_shared<float> score, q3n_shared<uint32_t> query, const void *cache,
                                            int64_t first, int64_t second, bool there, bool there_too, int64_t D,
                                            int chunks, int tiles) {
-  constexpr int AHEAD = !VECTOR ? 1 : PAIRS(KV) && MT == 1 ? 4 : 2, APART = PAIRS(KV) ? 1 : MT;
+  constexpr int AHEAD = !VECTOR ? 1 : PAIRS<KV> && MT == 1 ? 4 : 2, APART = PAIRS<KV> ? 1 : MT;
   const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4, warp = (int)(threadIdx.x / 32);
   float sum[MT][2][4] = {}, small[APART][2][4] = {};
   Q3N_ROLL
@@ -386,7 +388,7 @@ __device__ __forceinline__ void score_keys(q3n_shared<float> score, q3n_shared<u
     for (int i = 0; i < AHEAD; i++) {
       if (c0 + i >= chunks) break;
       Q3N_UNROLL
-      for (int s = 0; s < 32 / DEPTH(KV); s++) {
+      for (int s = 0; s < 32 / DEPTH<KV>; s++) {
         uint32_t k[2][2], rest[2][2];
         key_fragment<KV>(k[0], rest[0], next[i][0], s);
         key_fragment<KV>(k[1], rest[1], next[i][1], s);
@@ -394,12 +396,12 @@ __device__ __forceinline__ void score_keys(q3n_shared<float> score, q3n_shared<u
         for (int m = 0; m < MT; m++) {
           if (m >= tiles) break;
           fragment_a<KV> q;
-          q.read(query + (m * chunks + c0 + i) * A_WORDS(KV) + (s * A_TERMS(KV) * 32 + lane) * 4);
+          q.read(query + (m * chunks + c0 + i) * A_WORDS<KV> + (s * A_TERMS<KV> * 32 + lane) * 4);
           Q3N_UNROLL
           for (int n = 0; n < 2; n++) {
-            if constexpr (PAIRS(KV)) {
+            if constexpr (PAIRS<KV>) {
               Q3N_UNROLL
-              for (int j = A_TERMS(KV) - 1; j >= 0; j--) multiply<KV>(sum[m][n], q.term[j], k[n]);
+              for (int j = A_TERMS<KV> - 1; j >= 0; j--) multiply<KV>(sum[m][n], q.term[j], k[n]);
             } else {
               multiply<KV>(small[m][n], q.term[1], k[n]);
               multiply<KV>(small[m][n], q.term[0], rest[n]);
@@ -418,7 +420,7 @@ __device__ __forceinline__ void score_keys(q3n_shared<float> score, q3n_shared<u
       Q3N_UNROLL
       for (int half = 0; half < 2; half++) {
         float2 x = make_float2(sum[m][n][2 * half], sum[m][n][2 * half + 1]);
-        if constexpr (!PAIRS(KV)) {
+        if constexpr (!PAIRS<KV>) {
           x.x += small[m][n][2 * half];
           x.y += small[m][n][2 * half + 1];
         }
@@ -427,7 +429,7 @@ __device__ __forceinline__ void score_keys(q3n_shared<float> score, q3n_shared<u
   }
 }
 
-/* The dot product in f32, where terms of what is infinite, or too large for them, made it NaN. */
+/* The dot product in f32. */
 template <q3n_dtype KV>
 __device__ __forceinline__ float plain_score(const float *q, const void *cache, int64_t at, int64_t D) {
   float sum = 0.0f;
@@ -439,20 +441,20 @@ __device__ __forceinline__ float plain_score(const float *q, const void *cache, 
 /* The octets of values that a step of DEPTH keys takes from a lane. B has in rows 2 member and 2 member + 1 keys member
    and member + 8, in the two rows from 2 member + 8 on keys member + 4 and member + 12; in tf32, keys member and
    member + 4. Column `group` of product n is channel 8 group + n. */
-template <q3n_dtype KV> constexpr int STEP_OCTETS = DEPTH(KV) / 4;
+template <q3n_dtype KV> constexpr int STEP_OCTETS = DEPTH<KV> / 4;
 
 template <q3n_dtype KV>
-__device__ __forceinline__ void value_fragment(uint32_t (&term)[V_TERMS(KV)][2], const octet<KV> (&v)[STEP_OCTETS<KV>],
+__device__ __forceinline__ void value_fragment(uint32_t (&term)[V_TERMS<KV>][2], const octet<KV> (&v)[STEP_OCTETS<KV>],
                                                int n) {
   Q3N_UNROLL
   for (int j = 0; j < 2; j++) {
-    if constexpr (PAIRS(KV)) {
+    if constexpr (PAIRS<KV>) {
       const uint32_t x = v[j].w[n / 2], y = v[j + 2].w[n / 2];
       term[0][j] = n % 2 ? x >> 16 | (y & 0xffff0000u) : (x & 0xffffu) | y << 16;
     } else {
       float x = element<KV>(v[j], n);
       Q3N_UNROLL
-      for (int i = 0; i < V_TERMS(KV); i++) {
+      for (int i = 0; i < V_TERMS<KV>; i++) {
         term[i][j] = bits(x) & 0xffffe000u; /* cut off: rounding could overflow */
         x -= value(term[i][j]);
       }
@@ -464,20 +466,20 @@ __device__ __forceinline__ void value_fragment(uint32_t (&term)[V_TERMS(KV)][2],
 template <q3n_dtype KV, int MT>
 __device__ __forceinline__ void add_values(float (&sum)[MT][8][4], q3n_shared<uint32_t> weight,
                                            const octet<KV> (&v)[STEP_OCTETS<KV>], int tile0, int tile_step, int tiles) {
-  uint32_t term[8][V_TERMS(KV)][2];
+  uint32_t term[8][V_TERMS<KV>][2];
   Q3N_UNROLL
   for (int n = 0; n < 8; n++) value_fragment<KV>(term[n], v, n);
   Q3N_UNROLL
   for (int m = 0; m < MT; m++) {
     if (tile0 + tile_step * m >= tiles) break;
     fragment_a<KV> p;
-    p.read(weight + (tile0 + tile_step * m) * 2 * A_WORDS(KV));
+    p.read(weight + (tile0 + tile_step * m) * 2 * A_WORDS<KV>);
     Q3N_UNROLL
     for (int n = 0; n < 8; n++) {
       Q3N_UNROLL
       for (int i = fragment_a<KV>::TERMS - 1; i > 0; i--) multiply<KV>(sum[m][n], p.term[i], term[n][0]);
       Q3N_UNROLL
-      for (int i = V_TERMS(KV) - 1; i >= 0; i--) multiply<KV>(sum[m][n], p.term[0], term[n][i]);
+      for (int i = V_TERMS<KV> - 1; i >= 0; i--) multiply<KV>(sum[m][n], p.term[0], term[n][i]);
     }
   }
 }
@@ -497,7 +499,7 @@ __device__ __forceinline__ float add_code(float sum, float count) {
 
 /* 1 for every weight but -0, the one of a hidden key. */
 template <q3n_dtype KV> __device__ __forceinline__ uint32_t seen(uint32_t weight) {
-  if constexpr (!PAIRS(KV)) return weight == 0x80000000u ? 0u : bits(1.0f);
+  if constexpr (!PAIRS<KV>) return weight == 0x80000000u ? 0u : bits(1.0f);
   constexpr uint32_t one = KV == Q3N_F16 ? 0x3c00u : 0x3f80u;
   return ((weight & 0xffffu) == 0x8000u ? 0u : one) | (weight >> 16 == 0x8000u ? 0u : one << 16);
 }
@@ -508,7 +510,7 @@ __device__ __forceinline__ void add_special(float (&sum)[MT][8][4], q3n_shared<u
   Q3N_UNROLL
   for (int m = 0; m < MT; m++) {
     if (tile0 + tile_step * m >= tiles) break;
-    const uint4 w = q3n_load<uint4>(weight + (tile0 + tile_step * m) * 2 * A_WORDS(KV));
+    const uint4 w = q3n_load<uint4>(weight + (tile0 + tile_step * m) * 2 * A_WORDS<KV>);
     const uint32_t x[4] = {seen<KV>(w.x), seen<KV>(w.y), seen<KV>(w.z), seen<KV>(w.w)};
     Q3N_UNROLL
     for (int n = 0; n < 8; n++) {
@@ -542,28 +544,22 @@ __device__ __forceinline__ void read_step(octet<KV> (&v)[STEP_OCTETS<KV>], const
   }
 }
 
-/* Four channels of a row, `n` of them there, folded into the total that o holds; `divide` makes them the output. */
+/* Four channels of a row, `n` of them there. f: what the total that o holds and these are multiplied by to be added (a
+   factor of these below 0: nothing to add), and what all is at last. */
 template <bool VECTOR>
-__device__ __forceinline__ void fold_out(float *o, float (&v)[4], const float *gate, float4 f, bool before, bool divide,
-                                         bool whole, int64_t n) {
-  const bool vector = n >= 4 && (uintptr_t)o % 16 == 0 && VECTOR;
-  if (whole) {
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (before && vector) {
-      const float4 x = q3n_load<float4>(o);
-      total[0] = x.x, total[1] = x.y, total[2] = x.z, total[3] = x.w;
-    } else if (before) {
-      Q3N_UNROLL
-      for (int i = 0; i < 4; i++)
-        if (i < n) total[i] = o[i];
-    }
+__device__ __forceinline__ void fold_out(float *o, float (&v)[4], float4 f, bool before, int64_t n) {
+  const bool vector = VECTOR && n >= 4 && (uintptr_t)o % 16 == 0;
+  float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (before && vector) {
+    const float4 x = q3n_load<float4>(o);
+    total[0] = x.x, total[1] = x.y, total[2] = x.z, total[3] = x.w;
+  } else if (before) {
     Q3N_UNROLL
-    for (int i = 0; i < 4; i++) {
-      v[i] = f.y < 0.0f ? total[i] : __fmaf_rn(v[i], f.y, total[i] * f.x);
-      if (divide) v[i] = quotient(v[i], f.z, f.w);
-      if (divide && gate && i < n) v[i] *= sigmoid(gate[i]);
-    }
+    for (int i = 0; i < 4; i++)
+      if (i < n) total[i] = o[i];
   }
+  Q3N_UNROLL
+  for (int i = 0; i < 4; i++) v[i] = (f.y < 0.0f ? total[i] : __fmaf_rn(v[i], f.y, total[i] * f.x)) * f.z;
   if (vector) {
     q3n_store(o, make_float4(v[0], v[1], v[2], v[3]));
     return;
@@ -573,22 +569,24 @@ __device__ __forceinline__ void fold_out(float *o, float (&v)[4], const float *g
     if (i < n) o[i] = v[i];
 }
 
-/* Blocks of this size on a multiprocessor: what registers are for. */
-template <int MT, int NG> constexpr int RESIDENT = MT == 4 ? 2 : 3;
+/* Blocks on a multiprocessor: as many as leave registers enough. */
+template <q3n_dtype KV, int MT, int NG> constexpr int RESIDENT = MT * NG > 1 && !(PAIRS<KV> && MT == 2) ? 2 : 3;
 
 /* MT tiles of 16 rows; NG groups of 64 channels a warp. */
 template <q3n_dtype KV, int MT, int NG, bool VECTOR>
-__global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
+__global__ void __launch_bounds__(THREADS, RESIDENT<KV, MT, NG>)
     attend(q3n_attention_args a, partial parts, int64_t tiles_each) {
   constexpr int ROWS = 16 * MT;
   const int chunks = (int)((a.D + 31) / 32);
-  Q3N_SHARED_DYNAMIC(uint32_t, weight, 0, MT * 2 * A_WORDS(KV));
-  Q3N_SHARED_DYNAMIC(float, score, MT * 2 * A_WORDS(KV) * 4, ROWS * SCORE_ROW);
-  Q3N_SHARED_DYNAMIC(uint32_t, query, (MT * 2 * A_WORDS(KV) + ROWS * SCORE_ROW) * 4, MT * chunks * A_WORDS(KV));
+  Q3N_SHARED_DYNAMIC(uint32_t, weight, 0, MT * 2 * A_WORDS<KV>);
+  Q3N_SHARED_DYNAMIC(float, score, MT * 2 * A_WORDS<KV> * 4, ROWS * SCORE_ROW);
+  Q3N_SHARED_DYNAMIC(uint32_t, query, (MT * 2 * A_WORDS<KV> + ROWS * SCORE_ROW) * 4, MT * chunks * A_WORDS<KV>);
   Q3N_SHARED(int64_t, end, ROWS);   /* keys a row sees */
   Q3N_SHARED(float, unscale, ROWS); /* a power of 2, by which q was divided */
   Q3N_SHARED(float, rescale, ROWS); /* what its sums take before this block of keys */
-  Q3N_SHARED(float4, folded, ROWS); /* of its total: keep, take (< 0: nothing), factor, sum */
+  Q3N_SHARED(float4, folded, ROWS); /* of `fold_out` */
+  Q3N_SHARED(softmax, part, ROWS);  /* of the segment, of all before */
+  Q3N_SHARED(softmax, total, ROWS);
 
   const int64_t heads = a.HQ / a.HKV, segments = parts.o ? parts.segments : 1;
   const int64_t item = blockIdx.x / segments, hkv = item % a.HKV;
@@ -602,8 +600,10 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
   int64_t segment = 0, last = keys > 0 ? (keys - 1) / SEGMENT : 0;
   if (parts.o) segment = last = blockIdx.x % segments;
 
-  for (int r = (int)threadIdx.x; r < ROWS; r += THREADS)
+  for (int r = (int)threadIdx.x; r < ROWS; r += THREADS) {
     end[r] = r < rows ? visible(a, x, (x.first + r) / heads) : 0;
+    part[r] = total[r] = softmax{-INFINITY, 0.0f};
+  }
   if (segment * SEGMENT < keys) stage_queries<KV, ROWS, VECTOR>(query, unscale, a, x, hkv, heads, rows, chunks);
   __syncthreads();
 
@@ -616,17 +616,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
   const int64_t k_at = slot * a.k_slot + a.kv_begin * a.k_s + hkv * a.k_h;
   const int64_t v_at = slot * a.v_slot + a.kv_begin * a.v_s + hkv * a.v_h;
 
-  softmax total[MT];
-  Q3N_UNROLL
-  for (int m = 0; m < MT; m++) total[m] = {-INFINITY, 0.0f};
-
   Q3N_ROLL
   for (const int64_t begin = segment; segment <= last; segment++) {
-    softmax part[MT];
     float sum[NG][MT][8][4] = {};
-    Q3N_UNROLL
-    for (int m = 0; m < MT; m++) part[m] = {-INFINITY, 0.0f};
-
     const int64_t stop = keys < (segment + 1) * SEGMENT ? keys : (segment + 1) * SEGMENT;
     Q3N_ROLL
     for (int64_t j0 = segment * SEGMENT; j0 < stop; j0 += KEYS) {
@@ -639,69 +631,74 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
       }
       __syncthreads();
 
-      /* Products become scores; a lane goes over its own. */
       Q3N_ROLL
       for (int m = 0; m < tiles; m++) {
         const int r = 16 * m + mine;
-        const int64_t row = x.first + r, seen = end[r] - j0;
-        const int64_t t = x.packed + row / heads;
+        const int64_t row = x.first + r, t = x.packed + row / heads, seen = end[r] - j0;
         const float *mask = a.mask ? a.mask + x.row * a.mask_b + t * a.mask_t + a.kv_begin + j0 : nullptr;
-        Q3N_ROLL
-        for (int key = first_key; key < KEYS; key += 8) {
-          float s = -INFINITY;
-          if (key < seen && !(mask && mask[key] == -INFINITY)) {
-            float dot = score[r * SCORE_ROW + key];
-            if (KV == Q3N_F16) dot *= unscale[r];
-            if (!finite(dot)) {
-              const int64_t h = hkv * heads + row % heads;
-              dot = plain_score<KV>(a.q + x.row * a.q_b + t * a.q_t + h * a.q_h, a.k, k_at + (j0 + key) * a.k_s, a.D);
-            }
-            s = a.scale * dot + (mask ? mask[key] : 0.0f);
-          }
-          score[r * SCORE_ROW + key] = s;
-        }
-      }
-      Q3N_UNROLL
-      for (int m = 0; m < MT; m++) {
-        if (m >= tiles) break;
-        const int r = 16 * m + mine;
+        const softmax before = part[r];
         float s[KEYS / 8], max = -INFINITY, weights = 0.0f;
+        bool again = false;
         Q3N_UNROLL
         for (int i = 0; i < KEYS / 8; i++) {
-          s[i] = score[r * SCORE_ROW + first_key + 8 * i];
-          if (s[i] > max) max = s[i];
+          const int key = first_key + 8 * i;
+          s[i] = -INFINITY;
+          if (key >= seen) continue;
+          const float bias = mask ? mask[key] : 0.0f;
+          if (mask && bias == -INFINITY) continue;
+          float dot = score[r * SCORE_ROW + key];
+          if (KV == Q3N_F16) dot *= unscale[r];
+          again |= !finite(dot);
+          s[i] = a.scale * dot + bias;
         }
+        if (again) {
+          /* where terms of what is infinite, or too large for them, made a product NaN: in f32 */
+          const float *q = a.q + x.row * a.q_b + t * a.q_t + (hkv * heads + row % heads) * a.q_h;
+          Q3N_UNROLL
+          for (int i = 0; i < KEYS / 8; i++) {
+            const int key = first_key + 8 * i;
+            if (s[i] == -INFINITY && (key >= seen || (mask && mask[key] == -INFINITY))) continue;
+            if (finite(score[r * SCORE_ROW + key])) continue;
+            s[i] = a.scale * plain_score<KV>(q, a.k, k_at + (j0 + key) * a.k_s, a.D) + (mask ? mask[key] : 0.0f);
+          }
+        }
+        Q3N_UNROLL
+        for (int i = 0; i < KEYS / 8; i++)
+          if (s[i] > max) max = s[i];
         Q3N_UNROLL
         for (int by = 4; by > 0; by /= 2) {
           const float other = __shfl_xor_sync(ALL, max, by);
           if (other > max) max = other;
         }
-        if (part[m].max > max) max = part[m].max;
-        const float keep = part[m].max == -INFINITY ? 0.0f : expf(part[m].max - max);
+        if (before.max > max) max = before.max;
+        const float keep = before.max == -INFINITY ? 0.0f : expf(before.max - max);
         Q3N_UNROLL
         for (int i = 0; i < KEYS / 8; i++) {
           /* -0: hidden, which a weight that vanished is not */
           s[i] = s[i] == -INFINITY ? -0.0f : expf(s[i] - max);
           weights += s[i];
         }
-        const q3n_shared<uint32_t> to = weight + m * 2 * A_WORDS(KV) + (r % 8 * 4 + first_key % 4) * 4 +
+        const q3n_shared<uint32_t> to = weight + m * 2 * A_WORDS<KV> + (r % 8 * 4 + first_key % 4) * 4 +
                                         first_key / 4 * 2 + r % 16 / 8;
-        if constexpr (PAIRS(KV)) {
+        if constexpr (PAIRS<KV>) {
           Q3N_UNROLL
           for (int i = 0; i < KEYS / 16; i++) {
             constexpr float scale = KV == Q3N_F16 ? F16_SCALE : 1.0f;
-            uint32_t term[A_TERMS(KV)];
+            uint32_t term[A_TERMS<KV>];
             split_pair<KV>(term, s[2 * i] * scale, s[2 * i + 1] * scale);
             Q3N_UNROLL
-            for (int k = 0; k < A_TERMS(KV); k++) to[(i * A_TERMS(KV) + k) * 128] = term[k];
+            for (int k = 0; k < A_TERMS<KV>; k++) to[(i * A_TERMS<KV> + k) * 128] = term[k];
           }
         } else {
           Q3N_UNROLL
           for (int i = 0; i < KEYS / 8; i++) to[i * 128] = bits(s[i]);
         }
-        part[m].sum = __fmaf_rn(part[m].sum, keep, q3n_warp_sum(weights, 8));
-        part[m].max = max;
-        if (first_key == 0) rescale[r] = keep;
+        weights = q3n_warp_sum(weights, 8);
+        __syncwarp(); /* `before` is read */
+        if (first_key == 0) {
+          part[r] = softmax{max, __fmaf_rn(before.sum, keep, weights)};
+          rescale[r] = keep;
+        }
       }
       __syncthreads();
 
@@ -718,7 +715,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
           Q3N_UNROLL
           for (int i = 0; i < 32; i++) sum[g][m][i / 4][i % 4] *= i % 4 < 2 ? upper : lower;
         }
-        constexpr int AHEAD = VECTOR && MT == 1 && NG == 1 ? 2 : 1, STEP = DEPTH(KV), WORDS = A_TERMS(KV) * 128;
+        constexpr int AHEAD = VECTOR && MT == 1 && NG == 1 ? 2 : 1, STEP = DEPTH<KV>, WORDS = A_TERMS<KV> * 128;
         bool extra = false;
         Q3N_ROLL
         for (int key0 = 0; key0 < n; key0 += AHEAD * STEP) {
@@ -748,31 +745,33 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
       }
     }
 
-    /* The segment's end. */
-    Q3N_UNROLL
-    for (int m = 0; m < MT; m++) {
-      const int r = 16 * m + mine;
-      if (first_key != 0 || r >= rows) continue;
+    /* The segment's end. Lane 8 i of a warp has row i of its four. */
+    Q3N_ROLL
+    for (int r = mine; r < rows && first_key == 0; r += 16) {
       const int64_t row = x.first + r, t = x.packed + row / heads, h = hkv * heads + row % heads;
+      const softmax here = part[r];
+      float4 f = make_float4(0.0f, 1.0f, 1.0f, 0.0f);
       if (parts.o) {
         const int64_t to = segment * parts.rows + (x.row * a.T + t) * a.HQ + h;
-        parts.max[to] = part[m].max;
-        parts.sum[to] = part[m].sum;
-        continue;
-      }
-      float4 f = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
-      if (!fold(total[m], part[m], f.x, f.y)) f.y = -1.0f;
-      if (segment == last) {
-        if (a.sinks) f.z = add_sink(total[m], a.sinks[h]);
-        f.w = total[m].sum;
-        if (a.lse) a.lse[x.row * a.lse_b + t * a.lse_t + h] = log_sum(total[m]);
+        parts.max[to] = here.max;
+        parts.sum[to] = here.sum;
+      } else {
+        softmax all = total[r];
+        if (!fold(all, here, f.x, f.y)) f.y = -1.0f;
+        total[r] = all;
+        if (segment == last) {
+          f.z = norm_after_sink(all, a.sinks, h);
+          if (a.lse) a.lse[x.row * a.lse_b + t * a.lse_t + h] = log_sum(all);
+        }
       }
       folded[r] = f;
+      part[r] = softmax{-INFINITY, 0.0f};
     }
     if (parts.o && segment * SEGMENT >= keys) return;
     __syncthreads();
 
     /* A lane has 16 neighbouring channels of two rows of a tile. */
+    const bool before = !parts.o && segment != begin;
     Q3N_UNROLL
     for (int m = 0; m < MT; m++)
       Q3N_UNROLL
@@ -782,25 +781,31 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<MT, NG>)
         const int64_t row = x.first + r, t = x.packed + row / heads, h = hkv * heads + row % heads;
         float *o = a.o + x.row * a.o_b + t * a.o_t + h * a.o_h;
         if (parts.o) o = parts.o + (segment * parts.rows + (x.row * a.T + t) * a.HQ + h) * a.D;
-        const float *gate = a.gate && !parts.o ? a.gate + x.row * a.gate_b + t * a.gate_t + h * a.gate_h : nullptr;
-        float4 f = make_float4(0.0f, 1.0f, 1.0f, 1.0f);
-        if (!parts.o) f = folded[r];
-        const bool before = !parts.o && segment != begin, divide = !parts.o && segment == last;
+        const float4 f = folded[r];
         Q3N_UNROLL
         for (int g = 0; g < NG; g++)
           Q3N_UNROLL
           for (int i = 0; i < 16; i += 4) {
             const int c = channel + 256 * g + 16 * member + i;
             if (c >= a.D) break;
-            float out[4];
+            float v[4];
             Q3N_UNROLL
-            for (int j = 0; j < 4; j++) {
-              out[j] = sum[g][m][(i + j) % 8][2 * half + (i + j) / 8];
-              if (KV == Q3N_F16) out[j] *= 1.0f / F16_SCALE;
-            }
-            fold_out<VECTOR>(o + c, out, gate ? gate + c : nullptr, f, before, divide, !parts.o, a.D - c);
+            for (int j = 0; j < 4; j++)
+              v[j] = sum[g][m][(i + j) % 8][2 * half + i / 8] * (KV == Q3N_F16 ? 1.0f / F16_SCALE : 1.0f);
+            fold_out<VECTOR>(o + c, v, f, before, a.D - c);
           }
       }
+    if (!a.gate || parts.o || segment != last) continue;
+    /* what this thread has stored */
+    Q3N_ROLL
+    for (int i = 0; i < NG * MT * 2 * 16; i++) {
+      const int r = 16 * (tile0 + tile_step * (i / 32 % MT)) + group + i / 16 % 2 * 8;
+      const int c = channel + 256 * (i / 32 / MT) + 16 * member + i % 16;
+      if (r >= rows || c >= a.D) continue;
+      const int64_t row = x.first + r, t = x.packed + row / heads, h = hkv * heads + row % heads;
+      a.o[x.row * a.o_b + t * a.o_t + h * a.o_h + c] *=
+          sigmoid(a.gate[x.row * a.gate_b + t * a.gate_t + h * a.gate_h + c]);
+    }
   }
 }
 
@@ -883,10 +888,9 @@ __global__ void __launch_bounds__(THREADS) merge_rows(merge a, int64_t blocks_a_
     __syncthreads();
   }
   const int64_t token = row / a.HQ, h = row % a.HQ, b = token / a.T, t = token % a.T;
-  float factor = 1.0f;
-  if (a.sinks) factor = add_sink(total, a.sinks[h]);
+  const float factor = norm_after_sink(total, a.sinks, h);
   if (mine) {
-    float v = quotient(o, factor, total.sum);
+    float v = o * factor;
     if (a.gate) v *= sigmoid(a.gate[b * a.gate_b + t * a.gate_t + h * a.gate_h + c]);
     a.o[b * a.o_b + t * a.o_t + h * a.o_h + c] = v;
   }
@@ -940,7 +944,7 @@ bool aligned(const void *p, int64_t bytes, int64_t D, int64_t s0, int64_t s1, in
 
 template <q3n_dtype KV, int MT, int NG, bool VECTOR>
 q3n_status launch_form(const q3n_attention_args *a, const plan &x, const partial &parts, q3n_stream stream) {
-  const int64_t words = MT * (2 + (a->D + 31) / 32) * A_WORDS(KV) + 16 * MT * SCORE_ROW;
+  const int64_t words = MT * (2 + (a->D + 31) / 32) * A_WORDS<KV> + 16 * MT * SCORE_ROW;
   return Q3N_LAUNCH((attend<KV, MT, NG, VECTOR>), (*a, parts, x.tiles), x.blocks * (parts.o ? parts.segments : 1),
                     THREADS, words * 4, stream);
 }
