@@ -638,7 +638,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<KV, MT, NG>)
         const float *mask = a.mask ? a.mask + x.row * a.mask_b + t * a.mask_t + a.kv_begin + j0 : nullptr;
         const softmax before = part[r];
         float s[KEYS / 8], max = -INFINITY, weights = 0.0f;
-        bool again = false;
+        int again = 0;
         Q3N_UNROLL
         for (int i = 0; i < KEYS / 8; i++) {
           const int key = first_key + 8 * i;
@@ -648,20 +648,20 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<KV, MT, NG>)
           if (mask && bias == -INFINITY) continue;
           float dot = score[r * SCORE_ROW + key];
           if (KV == Q3N_F16) dot *= unscale[r];
-          again |= !finite(dot);
+          if (!finite(dot)) again |= 1 << i;
           s[i] = a.scale * dot + bias;
         }
-        if (again) {
-          /* where terms of what is infinite, or too large for them, made a product NaN: in f32 */
+        /* Where terms of what is infinite, or too large for them, made a product NaN: in f32. */
+        Q3N_ROLL
+        for (int left = again; left; left &= left - 1) {
+          const int key = first_key + 8 * (__ffs(left) - 1);
           const float *q = a.q + x.row * a.q_b + t * a.q_t + (hkv * heads + row % heads) * a.q_h;
-          Q3N_UNROLL
-          for (int i = 0; i < KEYS / 8; i++) {
-            const int key = first_key + 8 * i;
-            if (s[i] == -INFINITY && (key >= seen || (mask && mask[key] == -INFINITY))) continue;
-            if (finite(score[r * SCORE_ROW + key])) continue;
-            s[i] = a.scale * plain_score<KV>(q, a.k, k_at + (j0 + key) * a.k_s, a.D) + (mask ? mask[key] : 0.0f);
-          }
+          score[r * SCORE_ROW + key] =
+              a.scale * plain_score<KV>(q, a.k, k_at + (j0 + key) * a.k_s, a.D) + (mask ? mask[key] : 0.0f);
         }
+        Q3N_UNROLL
+        for (int i = 0; i < KEYS / 8; i++)
+          if (again >> i & 1) s[i] = score[r * SCORE_ROW + first_key + 8 * i];
         Q3N_UNROLL
         for (int i = 0; i < KEYS / 8; i++)
           if (s[i] > max) max = s[i];
