@@ -583,6 +583,31 @@ Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, in
   }
 }
 
+/* Row `row` of w times a row of f32 x, one product after the other. For what came out infinite or NaN of the planes, where
+   infinity times 0 appears, or of a sum of integers times x that is past the largest float before its scale. */
+static __device__ Q3N_NOINLINE float q3n_tile_plain(const q3n_tile_weights &w, int row, const float *x, int64_t K) {
+  const int columns = q3n_block_columns(w.dtype), bytes = q3n_block_bytes(w.dtype);
+  const uint8_t *group = w.rows + row / 16 * 16 * w.row_bytes;
+  float sum = 0.0f;
+  for (int64_t k = 0; k < K; k += 4) {
+    const float4 v = w.r16 ? q3n_values4(w.dtype, q3n_group_block{group + k / columns * bytes * 16, w.dtype, row % 16},
+                                         (int)(k % columns))
+                           : q3n_row_values4(w.dtype, w.rows + row * w.row_bytes, k, K);
+    sum = __fmaf_rn(v.x, x[k], sum);
+    if (k + 1 < K) sum = __fmaf_rn(v.y, x[k + 1], sum);
+    if (k + 2 < K) sum = __fmaf_rn(v.z, x[k + 2], sum);
+    if (k + 3 < K) sum = __fmaf_rn(v.w, x[k + 3], sum);
+  }
+  return sum;
+}
+
+/* y, or where it is not finite and x is f32, what q3n_tile_plain makes of row `row` of w and `x`. */
+template <bool Q8>
+Q3N_DEVICE float q3n_tile_checked(float y, const q3n_tile_weights &w, int row, const uint8_t *x, int64_t K) {
+  if (Q8 || fabsf(y) < __uint_as_float(0x7f800000u)) return y;
+  return q3n_tile_plain(w, row, (const float *)x, K);
+}
+
 /* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'. */
 static __host__ __device__ __forceinline__ constexpr int q3n_block_x_words(bool Q8, int MT) {
   return 8 * MT * (Q8 ? 2 * Q3N_STAGED_X8 : 3 * Q3N_STAGED_PLANE);
