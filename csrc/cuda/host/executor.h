@@ -222,6 +222,16 @@ inline void finish_ballot(lane_call *const *lane, unsigned mask) {
     if (mask >> i & 1u) memcpy(lane[i]->out, &votes, sizeof votes);
 }
 
+inline void finish_match(lane_call *const *lane, unsigned mask) {
+  for (int i = 0; i < 32; i++) {
+    unsigned same = 0;
+    if (!(mask >> i & 1u)) continue;
+    for (int j = 0; j < 32; j++)
+      if (mask >> j & 1u && memcmp(lane[i]->in, lane[j]->in, (size_t)lane[i]->bytes) == 0) same |= 1u << j;
+    memcpy(lane[i]->out, &same, sizeof same);
+  }
+}
+
 template <class T> T shuffle(unsigned mask, finish op, T value, int parameter, int width, place at) {
   T out = value;
   if (width < 1 || width > 32 || (width & (width - 1)))
@@ -262,6 +272,13 @@ inline unsigned __ballot_sync(unsigned mask, int vote, Q3N_AT) {
 }
 inline int __any_sync(unsigned mask, int vote, Q3N_AT) { return __ballot_sync(mask, vote, file, line) != 0; }
 inline int __all_sync(unsigned mask, int vote, Q3N_AT) { return __ballot_sync(mask, vote, file, line) == mask; }
+
+/* The lanes with the same value. */
+template <class T> unsigned __match_any_sync(unsigned mask, T value, Q3N_AT) {
+  unsigned same = 0;
+  q3n_host::warp(mask, q3n_host::finish_match, 0, 32, &value, (int)sizeof value, &same, {file, line});
+  return same;
+}
 
 template <class T> T __ldg(const T *p) { return *p; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
