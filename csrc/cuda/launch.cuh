@@ -153,4 +153,11 @@ static q3n_status q3n_launch(const char *name, q3n_dims grid, q3n_dims block, in
   extern "C" int64_t q3n_##name##_cuda_host_scratch_bytes(const q3n_##op##_args *a)
 #endif
 
+/* Q3N_CUDA_CALL(name, a, scratch, stream): another operator's launcher. */
+#if defined(__CUDACC__)
+#define Q3N_CUDA_CALL(name, a, scratch, stream) q3n_##name##_cuda(a, scratch, stream)
+#else
+#define Q3N_CUDA_CALL(name, a, scratch, stream) ((void)(stream), q3n_##name##_cuda_host(a, 0, 1, scratch))
+#endif
+
 #endif

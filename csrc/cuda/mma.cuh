@@ -10,6 +10,10 @@
    m16n8k32 rows of A are group, group + 8, group, group + 8 and columns 4 member (a[0], a[1]) and 4 member + 16; b has
    rows 4 member and 4 member + 16. m16n8k16 has a[0], a[1] and b[0] of these.
 
+   q3n_mma_tf32 takes A 16 x 8 and B 8 x 8 in f32, whose lower 13 bits do not count: a[0..3] have rows group, group + 8,
+   group, group + 8 and columns member (a[0], a[1]) and member + 4, b[0..1] rows member and member + 4. q3n_split_tf32
+   makes two such numbers of one, within 2^-23 of it.
+
    Compute capability 8.0. On the host sums run in double and are rounded once; hardware rounds in between. */
 #ifndef Q3N_CUDA_MMA_CUH
 #define Q3N_CUDA_MMA_CUH
@@ -45,6 +49,14 @@ static __device__ __forceinline__ void q3n_mma_s8(int (&d)[4], const uint32_t (&
                " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+static __device__ __forceinline__ void q3n_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                    const float (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+                 "f"(c[3]));
 }
 
 /* Two values rounded to nearest, `low` in the lower half. */
@@ -122,6 +134,27 @@ template <int N> void finish_mma_s8(lane_call *const *lane, unsigned) {
   }
 }
 
+inline float tf32_value(uint32_t bits) { return __int_as_float((int)(bits & 0xffffe000u)); }
+
+inline void finish_mma_tf32(lane_call *const *lane, unsigned) {
+  float a[16][8], b[8][8];
+  for (int l = 0; l < 32; l++) {
+    const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
+    const int group = l / 4, member = l % 4;
+    for (int i = 0; i < 4; i++) a[group + i % 2 * 8][member + i / 2 * 4] = tf32_value(f.a[i]);
+    for (int i = 0; i < 2; i++) b[member + i * 4][group] = tf32_value(f.b[i]);
+  }
+  for (int l = 0; l < 32; l++) {
+    const mma_fragments &f = *(const mma_fragments *)lane[l]->in;
+    float *d = (float *)lane[l]->out;
+    for (int i = 0; i < 4; i++) {
+      double sum = (double)f.c[i];
+      for (int k = 0; k < 8; k++) sum += (double)a[l / 4 + i / 2 * 8][k] * (double)b[k][2 * (l % 4) + i % 2];
+      d[i] = (float)sum;
+    }
+  }
+}
+
 template <int N> void mma_s8(int (&d)[4], const uint32_t (&a)[2 * N], const uint32_t (&b)[N], const int (&c)[4], place at) {
   mma_bytes<N> in;
   memcpy(in.a, a, sizeof a);
@@ -134,6 +167,13 @@ template <int N> void mma_s8(int (&d)[4], const uint32_t (&a)[2 * N], const uint
 
 } /* namespace q3n_host */
 
+static inline void q3n_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                                Q3N_AT) {
+  const q3n_host::mma_fragments in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
+  float out[4];
+  q3n_host::warp(0xffffffffu, q3n_host::finish_mma_tf32, 0, 32, &in, sizeof in, out, {file, line});
+  memcpy(d, out, sizeof out);
+}
 static inline void q3n_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                                 Q3N_AT) {
   q3n_host::mma<q3n_bf16_to_f32>(d, a, b, c, {file, line});
@@ -156,4 +196,12 @@ static inline uint32_t q3n_pack_f16(float low, float high) {
 }
 
 #endif
+
+/* x = high + low but for the last bit: high is x rounded to 11 bits, low the exact rest, of which the product takes 11.
+   What is not finite, or would round to infinity, has a rest that is not finite. */
+static __device__ __forceinline__ void q3n_split_tf32(float x, uint32_t &high, uint32_t &low) {
+  high = ((uint32_t)__float_as_int(x) + 0x1000u) & 0xffffe000u;
+  low = (uint32_t)__float_as_int(x - __int_as_float((int)high));
+}
+
 #endif
