@@ -15,6 +15,7 @@
 
 #include "../base/dtype.h"
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef struct q3n_attention_args {
   uint64_t struct_bytes; /* sizeof(q3n_attention_args) */
@@ -44,6 +45,8 @@ typedef struct q3n_attention_args {
 } q3n_attention_args;
 
 Q3N_DECLARE_OPERATOR(attention);
+Q3N_DECLARE_CUDA(attention, attention);
+Q3N_DECLARE_CUDA(attention, attention_whole);
 
 /* The exact merge of partial results over disjoint key ranges, with sink and gate:
      m = max lse_p     o = sum_p exp(lse_p - m) o_p / (sum_p exp(lse_p - m) [+ exp(sink - m)]) * sigmoid(gate) */
@@ -62,5 +65,6 @@ typedef struct q3n_attention_merge_args {
 } q3n_attention_merge_args;
 
 Q3N_DECLARE_OPERATOR(attention_merge);
+Q3N_DECLARE_CUDA(attention_merge, attention_merge);
 
 #endif
