@@ -1267,6 +1267,32 @@ unsafe extern "C" {
         scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda(
+        args: *const q3n_gated_delta_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_scratch_bytes(args: *const q3n_gated_delta_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_host_items(args: *const q3n_gated_delta_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_host_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_host(
+        args: *const q3n_gated_delta_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_matmul_args {
@@ -1851,6 +1877,30 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda(
+        args: *const q3n_moe_up_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_scratch_bytes(args: *const q3n_moe_up_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_host_items(args: *const q3n_moe_up_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_host_scratch_bytes(args: *const q3n_moe_up_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_host(
+        args: *const q3n_moe_up_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_down_args {
@@ -2002,6 +2052,30 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda(
+        args: *const q3n_moe_down_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_scratch_bytes(args: *const q3n_moe_down_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_host_items(args: *const q3n_moe_down_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_host_scratch_bytes(args: *const q3n_moe_down_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_host(
+        args: *const q3n_moe_down_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 pub const Q3N_NORM_RMS: q3n_norm_kind = 0;

@@ -233,7 +233,8 @@ template <int MT> struct q3n_x_staged {
   }
 };
 
-/* y += for one slice of super-blocks and 8-bit activations: integers over the block, then d_w d_x. */
+/* y += for one slice of super-blocks and 8-bit activations: integers over the block; (d S - dmin M) d_x, of which d S is not
+   rounded, so that what cancels in w cancels here. */
 template <int DT, int RT, int MT, class S>
 Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage, const q3n_tile_weights &w, const S &x,
                                int64_t slice) {
@@ -302,20 +303,11 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
     for (int k = 0; k < 2; k++) {
       const int row = 8 * n + 2 * member + k;
       const float d = __uint_as_float(x.word(row, Q3N_Q8_X256_D));
-      Q3N_UNROLL
-      for (int r = 0; r < RT; r++) {
-        Q3N_UNROLL
-        for (int half = 0; half < 2; half++) {
-          float &to = y[r][n][2 * half + k];
-          to = __fmaf_rn((float)sum[r][n][2 * half + k], q3n_tile_d<DT>(t, b[r][half]) * d, to);
-        }
-      }
-      if (!q3n_has_min(t)) continue;
       int low[RT][2];
       Q3N_UNROLL
       for (int r = 0; r < RT; r++) low[r][0] = low[r][1] = 0;
       Q3N_UNROLL_SLICE
-      for (int i = 0; i < (by16 ? 16 : 8); i += 2) {
+      for (int i = 0; i < (by16 ? 16 : 8) && q3n_has_min(t); i += 2) {
         /* two sums, of j and j + 2 */
         const uint32_t pair = x.word(row, (by16 ? Q3N_Q8_X256_SUM16 : Q3N_Q8_X256_SUM32) + 2 * i);
         const int first = (int)(int16_t)pair, second = (int)(int16_t)(pair >> 16);
@@ -335,7 +327,13 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
         Q3N_UNROLL
         for (int half = 0; half < 2; half++) {
           float &to = y[r][n][2 * half + k];
-          to = __fmaf_rn((float)low[r][half], -(q3n_tile_dmin<DT>(t, b[r][half]) * d), to);
+          const float whole = (float)sum[r][n][2 * half + k], scale = q3n_tile_d<DT>(t, b[r][half]);
+          if (q3n_has_min(t)) {
+            const float minima = q3n_tile_dmin<DT>(t, b[r][half]) * (float)low[r][half];
+            to = __fmaf_rn(__fmaf_rn(whole, scale, -minima), d, to);
+          } else {
+            to = __fmaf_rn(whole, scale * d, to);
+          }
         }
       }
     }
@@ -387,8 +385,11 @@ Q3N_DEVICE void q3n_slice_x32(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage,
         Q3N_UNROLL
         for (int i = 0; i < 4; i++) {
           float &to = y[r][n][i];
-          to = __fmaf_rn((float)c[i], d[r][i / 2] * dx[i % 2], to);
-          if (q3n_has_min(t)) to = __fmaf_rn((float)sum[i % 2], -(m[r][i / 2] * dx[i % 2]), to);
+          const float whole = (float)c[i], scale = d[r][i / 2];
+          if (q3n_has_min(t))
+            to = __fmaf_rn(__fmaf_rn(whole, scale, -(m[r][i / 2] * (float)sum[i % 2])), dx[i % 2], to);
+          else
+            to = __fmaf_rn(whole, scale * dx[i % 2], to);
         }
       }
     }
@@ -581,6 +582,31 @@ Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, in
     Q3N_UNROLL
     for (int i = 0; i < COUNT; i++) y[i / (MT * 4)][i / 4 % MT][i % 4] += floats[((warp + p) * COUNT + i) * 32 + lane];
   }
+}
+
+/* Row `row` of w times a row of f32 x, one product after the other. For what came out infinite or NaN of the planes, where
+   infinity times 0 appears, or of a sum of integers times x that is past the largest float before its scale. */
+static __device__ Q3N_NOINLINE float q3n_tile_plain(const q3n_tile_weights &w, int row, const float *x, int64_t K) {
+  const int columns = q3n_block_columns(w.dtype), bytes = q3n_block_bytes(w.dtype);
+  const uint8_t *group = w.rows + row / 16 * 16 * w.row_bytes;
+  float sum = 0.0f;
+  for (int64_t k = 0; k < K; k += 4) {
+    const float4 v = w.r16 ? q3n_values4(w.dtype, q3n_group_block{group + k / columns * bytes * 16, w.dtype, row % 16},
+                                         (int)(k % columns))
+                           : q3n_row_values4(w.dtype, w.rows + row * w.row_bytes, k, K);
+    sum = __fmaf_rn(v.x, x[k], sum);
+    if (k + 1 < K) sum = __fmaf_rn(v.y, x[k + 1], sum);
+    if (k + 2 < K) sum = __fmaf_rn(v.z, x[k + 2], sum);
+    if (k + 3 < K) sum = __fmaf_rn(v.w, x[k + 3], sum);
+  }
+  return sum;
+}
+
+/* y, or where it is not finite and x is f32, what q3n_tile_plain makes of row `row` of w and `x`. */
+template <bool Q8>
+Q3N_DEVICE float q3n_tile_checked(float y, const q3n_tile_weights &w, int row, const uint8_t *x, int64_t K) {
+  if (Q8 || fabsf(y) < __uint_as_float(0x7f800000u)) return y;
+  return q3n_tile_plain(w, row, (const float *)x, K);
 }
 
 /* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'. */

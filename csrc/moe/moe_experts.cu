@@ -54,8 +54,9 @@ struct plan {
   const float *weights;
   int32_t accumulate;
   int warps;
-  int64_t pairs, E, top_k, K;
+  int64_t E, top_k, K;
   int64_t first, end, row_blocks; /* rows first .. end - 1, by as many blocks */
+  int64_t blocks;                 /* few: pairs or tokens, which have so many each */
 };
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
@@ -65,100 +66,115 @@ __device__ __forceinline__ q3n_tile_weights rows_of(const matrix &m, int64_t e, 
           m.r16};
 }
 
-/* y of token and rows from the choices. */
-template <int DT, bool Q8> __device__ __forceinline__ void choices(const plan &a, q3n_shared<uint32_t> words,
-                                                                  q3n_shared<float> floats) {
-  Q3N_SHARED(int, expert, FEW_CHOICES);
-  Q3N_SHARED(float, dots, CHOICE_WARPS * 16);
-  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * a.warps;
-  const int parts = q3n_tile_parts(a.K), part = warp % parts, batch = a.warps / parts, top_k = (int)a.top_k;
-  const int64_t t = blockIdx.x / a.row_blocks, row = blockIdx.x % a.row_blocks * 16;
+/* Rows of activations that a tile meets, by their bytes from the first one on. */
+struct act_rows {
+  const uint8_t *base;
+  q3n_shared<int64_t> at;
+  int n;
+  __device__ __forceinline__ const uint8_t *operator()(int j) const { return j < n ? base + (int64_t)at[j] : nullptr; }
+};
 
-  for (int c = thread; c < top_k; c += threads) expert[c] = -1;
+/* Few tokens: the expert of place `place` in order, or -1, in `found`. */
+__device__ __forceinline__ void find_expert(const plan &a, int64_t place, q3n_shared<int> found) {
+  if (threadIdx.x == 0) found[0] = -1;
   __syncthreads();
-  for (int64_t e = thread; e < a.E; e += threads)
+  for (int64_t e = threadIdx.x; e < a.E; e += 32 * a.warps)
+    if (a.offsets[e] <= place && place < a.offsets[e + 1]) found[0] = (int)e;
+  __syncthreads();
+}
+
+/* Those of a token's choices. */
+__device__ __forceinline__ void find_choices(const plan &a, int64_t t, q3n_shared<int> found) {
+  for (int64_t c = threadIdx.x; c < a.top_k; c += 32 * a.warps) found[c] = -1;
+  __syncthreads();
+  for (int64_t e = threadIdx.x; e < a.E; e += 32 * a.warps)
     for (int64_t i = a.offsets[e]; i < a.offsets[e + 1]; i++) {
-      const int64_t choice = a.order[i] - t * top_k;
-      if (choice >= 0 && choice < top_k) expert[choice] = (int)e;
+      const int64_t c = a.order[i] - t * a.top_k;
+      if (c >= 0 && c < a.top_k) found[c] = (int)e;
     }
   __syncthreads();
-
-  float sum = 0.0f;
-  for (int first = 0; first < top_k; first += batch) {
-    const int c = first + warp / parts;
-    const int e = c < top_k ? (int)expert[c] : -1;
-    float y[1][1][4];
-    if (e >= 0) {
-      const uint8_t *h = a.act + (t * top_k + c) * a.act_bytes;
-      q3n_tile_part<DT, Q8, 1, 1>(y, words + warp * q3n_tile_words(DT, 1), rows_of(a.m[0], e, row, a.end),
-                                  [&](int j) { return j == 0 ? h : nullptr; }, a.K, part);
-    }
-    q3n_tile_sum<1, 1>(y, floats, part, parts);
-    __syncthreads();
-    if (e >= 0 && part == 0 && lane % 4 == 0) {
-      dots[warp / parts * 16 + lane / 4] = y[0][0][0];
-      dots[warp / parts * 16 + lane / 4 + 8] = y[0][0][2];
-    }
-    __syncthreads();
-    if (thread >= 16) continue;
-    for (int i = 0; i < batch && first + i < top_k; i++)
-      if (expert[first + i] >= 0)
-        sum = __fmaf_rn(a.weights ? a.weights[t * top_k + first + i] : 1.0f, dots[i * 16 + thread], sum);
-  }
-  if (thread >= 16 || row + thread >= a.end) return;
-  float *y = a.out + t * a.out_row + row + thread;
-  *y = a.accumulate ? *y + sum : sum;
 }
 
 template <int DT, bool Q8, int MT>
-__global__ void __launch_bounds__(MT == 1 ? 32 * CHOICE_WARPS : 64 * Q3N_TILE_WARPS) experts(plan a) {
+__global__ void __launch_bounds__(MT == 1 ? 32 * CHOICE_WARPS : 64 * Q3N_TILE_WARPS, 1) experts(plan a) {
   constexpr int COUNT = 4 * MT, WARPS = MT == 1 ? CHOICE_WARPS : 2 * Q3N_TILE_WARPS;
   Q3N_SHARED_DYNAMIC(uint32_t, words, 0, a.warps * q3n_tile_words(DT, 1));
   Q3N_SHARED(float, floats, WARPS * COUNT * 32);
-  if constexpr (MT == 1)
-    if (a.kind == CHOICES) {
-      choices<DT, Q8>(a, words, floats);
-      return;
-    }
-  Q3N_SHARED(int64_t, pair_of, 8 * MT);
-  Q3N_SHARED(int64_t, row_of, 8 * MT);
-  Q3N_SHARED(int64_t, found, 1);
-  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * a.warps;
-  const int parts = q3n_tile_parts(a.K), part = warp % parts, which = warp / Q3N_TILE_WARPS;
-  const int64_t block_rows = Q3N_TILE_WARPS / parts * 16;
-  const int64_t tiles = a.tiles ? a.tiles[0] : a.pairs;
-  const matrix &m = a.m[which];
+  Q3N_SHARED(float, dots, CHOICE_WARPS * 16);
+  Q3N_SHARED(int, found, FEW_CHOICES);
+  Q3N_SHARED(int64_t, pair_of, MT == 1 ? CHOICE_WARPS : 8 * MT);
+  Q3N_SHARED(int64_t, row_of, MT == 1 ? CHOICE_WARPS : 8 * MT);
+  const bool by_choice = MT == 1 && a.kind == CHOICES;
+  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, parts = q3n_tile_parts(a.K);
+  const int part = warp % parts, which = by_choice ? 0 : warp / Q3N_TILE_WARPS, batch = a.warps / parts;
+  const int64_t block_rows = by_choice ? 16 : Q3N_TILE_WARPS / parts * 16;
+  const int64_t tiles = a.tiles ? a.tiles[0] : a.blocks;
+  int first_choice = 0;
+  float sum = 0.0f; /* over choices, of row `thread` */
 
-  for (int64_t item = blockIdx.x; item < tiles * a.row_blocks; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < tiles * a.row_blocks;) {
     const int64_t tile = item / a.row_blocks;
-    int64_t e = 0, from = tile;
-    if (a.tiles) {
+    int64_t row = a.first + item % a.row_blocks * block_rows, e = -1, from = tile;
+    int n = 0;
+    if (by_choice) {
+      if (first_choice == 0) find_choices(a, tile, found);
+      n = (int)a.top_k - first_choice < batch ? (int)a.top_k - first_choice : batch;
+      from = tile * a.top_k + first_choice;
+    } else if (a.tiles) {
       e = a.tiles[8 + 2 * tile], from = a.tiles[9 + 2 * tile];
     } else {
-      if (thread == 0) found[0] = -1;
-      __syncthreads();
-      for (int64_t i = thread; i < a.E; i += threads)
-        if (a.offsets[i] <= tile && tile < a.offsets[i + 1]) found[0] = i;
-      __syncthreads();
-      e = found[0];
-      if (e < 0 || (tile - a.offsets[e]) % (8 * MT) != 0) return; /* no item more: each has its block */
+      find_expert(a, tile, found);
+      e = (int)found[0];
+      if (e < 0 || (tile - a.offsets[e]) % (8 * MT) != 0) return; /* every item has its block */
     }
-    const int64_t left = a.offsets[e + 1] - from;
-    const int n = (int)(left < 8 * MT ? left : 8 * MT);
+    if (e >= 0) n = (int)(a.offsets[e + 1] - from < 8 * MT ? a.offsets[e + 1] - from : 8 * MT);
     __syncthreads();
     if (thread < n) {
-      const int64_t pair = a.order[from + thread];
+      const int64_t pair = by_choice ? from + thread : a.order[from + thread];
       pair_of[thread] = pair;
       row_of[thread] = pair / a.act_pairs * a.act_bytes;
     }
     __syncthreads();
 
-    const int64_t row = a.first + item % a.row_blocks * block_rows + warp % Q3N_TILE_WARPS / parts * 16;
-    const auto x = [&](int j) { return j < n ? a.act + row_of[j] : nullptr; };
+    /* a choice each, or rows of the same pairs */
+    const int mine = warp % (by_choice ? a.warps : Q3N_TILE_WARPS) / parts;
+    act_rows x = {a.act, row_of, n};
+    if (by_choice) {
+      e = mine < n ? (int)found[first_choice + mine] : -1;
+      x.at += mine, x.n = 1;
+    } else {
+      row += mine * 16;
+    }
+    const bool work = e >= 0 && row < a.end;
     float y[1][MT][4];
-    if (row < a.end)
-      q3n_tile_part<DT, Q8, 1, MT>(y, words + warp * q3n_tile_words(DT, 1), rows_of(m, e, row, a.end), x, a.K, part);
+    if (work)
+      q3n_tile_part<DT, Q8, 1, MT>(y, words + warp * q3n_tile_words(DT, 1), rows_of(a.m[which], e, row, a.end), x, a.K,
+                                   part);
     q3n_tile_sum<1, MT>(y, floats, part, parts);
+
+    if (by_choice) {
+      if (work && part == 0 && lane % 4 == 0) {
+        dots[mine * 16 + lane / 4] = y[0][0][0];
+        dots[mine * 16 + lane / 4 + 8] = y[0][0][2];
+      }
+      __syncthreads();
+      for (int i = 0; i < n && thread < 16; i++) {
+        if (found[first_choice + i] < 0) continue;
+        sum = __fmaf_rn(a.weights ? a.weights[from + i] : 1.0f, dots[i * 16 + thread], sum);
+      }
+      first_choice += batch;
+      if (first_choice < a.top_k) continue;
+      if (thread < 16 && row + thread < a.end) {
+        float *to = a.out + tile * a.out_row + row + thread;
+        *to = a.accumulate ? *to + sum : sum;
+      }
+      first_choice = 0;
+      sum = 0.0f;
+      item += gridDim.x;
+      continue;
+    }
+
+    item += gridDim.x;
     if (a.kind == GATE_AND_UP) {
       __syncthreads();
       Q3N_UNROLL
@@ -249,6 +265,7 @@ template <int DT, bool Q8> q3n_status launch(plan a, int64_t tiles, int size, q3
     const int64_t wanted = (a.top_k < 1 ? 1 : a.top_k) * parts;
     a.warps = (int)((wanted < most ? wanted : most) / parts * parts);
   }
+  a.blocks = tiles;
   const int64_t blocks = tiles * a.row_blocks, grid = blocks < INT32_MAX ? blocks : INT32_MAX, bytes = 4 * words * a.warps;
   return size == 8 ? Q3N_LAUNCH((experts<DT, Q8, 1>), (a), grid, 32 * a.warps, bytes, stream)
                    : Q3N_LAUNCH((experts<DT, Q8, 4>), (a), grid, 32 * a.warps, bytes, stream);
@@ -308,7 +325,7 @@ Q3N_CUDA_OPERATOR(moe_up, moe_up) {
   p.out_row = a->F;
   p.order = a->order;
   p.offsets = a->offsets;
-  p.pairs = pairs, p.E = a->E, p.top_k = a->top_k, p.K = a->D;
+  p.E = a->E, p.top_k = a->top_k, p.K = a->D;
   p.end = a->F;
   if (!few) {
     p.tiles = (const int64_t *)scratch;
@@ -343,7 +360,7 @@ Q3N_CUDA_OPERATOR(moe_down, moe_down) {
   p.act_pairs = 1;
   p.order = a->order;
   p.offsets = a->offsets;
-  p.pairs = pairs, p.E = a->E, p.top_k = a->top_k, p.K = a->F;
+  p.E = a->E, p.top_k = a->top_k, p.K = a->F;
   if (few) {
     p.kind = CHOICES;
     p.out = a->y, p.out_row = a->y_t;

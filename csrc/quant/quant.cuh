@@ -104,6 +104,25 @@ struct q3n_shared_block {
   }
 };
 
+/* Where byte `at` of block 0 of row `row` lies in a group of 16 interleaved rows (repack.h). */
+Q3N_DEVICE int q3n_group_byte(q3n_dtype t, int at, int row) {
+  const int bytes = q3n_block_bytes(t), left = bytes % 4, head = q3n_block_columns(t) == 32 ? left : 0;
+  if (at < head) return left * row + at;
+  if (at >= bytes - (left - head)) return 16 * (bytes - left) + left * row + (at - (bytes - left));
+  const int unit = (at - head) / 4 * 4 + head;
+  return 16 * unit + 4 * row + (at - unit);
+}
+
+/* Block of row `row` of 16 interleaved ones, which start at p. */
+struct q3n_group_block {
+  const uint8_t *p;
+  q3n_dtype t;
+  int row;
+  __device__ __forceinline__ uint32_t byte(int at) const { return p[q3n_group_byte(t, at, row)]; }
+  __device__ __forceinline__ uint32_t half(int at) const { return byte(at) | byte(at + 1) << 8; }
+  __device__ __forceinline__ uint32_t word(int at) const { return half(at) | half(at + 2) << 16; }
+};
+
 /* v - k in each of four bytes, 0 <= v - k + 128 < 256. */
 Q3N_DEVICE uint32_t q3n_bytes_minus(uint32_t v, uint32_t k) {
   return ((v | 0x80808080u) - k * 0x01010101u) ^ 0x80808080u;
@@ -286,14 +305,5 @@ Q3N_DEVICE float4 q3n_row_values4(q3n_dtype t, const uint8_t *row, int64_t i, in
 
 /* Where sum i of 8-bit activations lies, as q3n_q8_sum_at. */
 Q3N_DEVICE int q3n_sum_at(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
-
-/* Where byte `at` of block 0 of row `row` lies in a group of 16 interleaved rows (repack.h). */
-Q3N_DEVICE int q3n_group_byte(q3n_dtype t, int at, int row) {
-  const int bytes = q3n_block_bytes(t), left = bytes % 4, head = q3n_block_columns(t) == 32 ? left : 0;
-  if (at < head) return left * row + at;
-  if (at >= bytes - (left - head)) return 16 * (bytes - left) + left * row + (at - (bytes - left));
-  const int unit = (at - head) / 4 * 4 + head;
-  return 16 * unit + 4 * row + (at - unit);
-}
 
 #endif

@@ -413,15 +413,17 @@ fn suites_run_on_a_device() {
             random: 1,
             ..Options::default()
         };
-        let (mut ran, mut skipped) = (0, 0);
-        for entry in qwen3next_verify::cases::all() {
+        let (mut ran, mut without) = (0, Vec::new());
+        for entry in qwen3next_verify::cases::all().into_iter().filter(|e| e.op != "model") {
             let rows = entry.run(&options).unwrap();
+            if rows.iter().all(|r| matches!(r.verdict, Verdict::Skipped(_))) {
+                without.push(entry.op);
+                continue;
+            }
             assert_passed(&rows);
-            skipped += rows.iter().filter(|r| matches!(r.verdict, Verdict::Skipped(_))).count();
             ran += rows.iter().map(|r| r.passed).sum::<usize>();
         }
-        assert!(ran > 100, "{ran} cases");
-        // quantize and repack are the CPU's.
-        assert_eq!(skipped, 2);
+        assert!(ran > 80, "{ran} cases");
+        assert_eq!(without, ["quantize", "repack"], "operators without a kernel");
     }
 }
