@@ -11,8 +11,9 @@
 //! # Ok::<(), qwen3next_kernels::Error>(())
 //! ```
 
+use crate::memory::{Addresses, Cpu, Memory};
 use crate::operator::{operator, Exec};
-use crate::{ffi, DType, Error, View, Weight};
+use crate::{ffi, DType, Error, View, ViewMut, Weight};
 
 operator!(
     "activations",
@@ -20,16 +21,30 @@ operator!(
     q3n_activations_check,
     q3n_activations_variant_count,
     q3n_activations_variant_at,
-    q3n_activations_best
+    q3n_activations_best,
+    [
+        "cuda",
+        q3n_activations_cuda,
+        q3n_activations_cuda_scratch_bytes,
+        q3n_activations_cuda_host_items,
+        q3n_activations_cuda_host,
+        q3n_activations_cuda_host_scratch_bytes
+    ]
 );
 
 /// Rows of 8-bit activations. Keeps its memory, so that a warm one does not allocate.
-#[derive(Debug, Clone)]
-pub struct Q8 {
-    words: Vec<u32>,
+#[derive(Debug)]
+pub struct Q8<M: Memory = Cpu> {
+    words: M::Vec<u32>,
     dtype: DType,
     rows: usize,
     cols: usize,
+}
+
+impl Clone for Q8 {
+    fn clone(&self) -> Self {
+        Q8 { words: self.words.clone(), ..*self }
+    }
 }
 
 impl Default for Q8 {
@@ -43,34 +58,81 @@ impl Q8 {
     /// Replaces the contents by the rows of `x` in `dtype`, [`DType::Q8_X32`] or [`DType::Q8_X256`]. Errors: another
     /// type, a row length that is no multiple of its block.
     pub fn quantize(&mut self, dtype: DType, x: View<2>, exec: &Exec<Op>) -> Result<(), Error> {
+        let words = words(dtype, x.shape())?;
         let [rows, cols] = x.shape();
-        if !matches!(dtype, DType::Q8_X32 | DType::Q8_X256) {
-            return Err(Error::argument("dtype", format!("{dtype} is no type of activations")));
-        }
-        let bytes = rows.checked_mul(cols).filter(|_| cols % dtype.block() == 0).and_then(|n| dtype.bytes(n));
-        let bytes = bytes.ok_or_else(|| {
-            let block = dtype.block();
-            Error::argument("x", format!("{rows} rows of {cols} values, expected a multiple of the block of {block}"))
-        })?;
         (self.dtype, self.rows, self.cols) = (dtype, 0, 0);
-        if self.words.len() < bytes / 4 {
-            self.words.resize(bytes / 4, 0);
+        if self.words.len() < words {
+            self.words.resize(words, 0);
         }
-        let raw = ffi::q3n_activations_args {
-            struct_bytes: size_of::<ffi::q3n_activations_args>() as u64,
-            y: self.words.as_mut_ptr().cast(),
-            x: x.as_ptr(),
-            dtype: dtype.0,
-            x_row: x.stride(0),
-            rows: rows as i64,
-            N: cols as i64,
-        };
+        let mut at = Addresses::new();
+        at.read(&x);
+        let raw = raw(dtype, at.write(&mut ViewMut::new(&mut self.words, [words])?), &x);
         // SAFETY: `words` holds the bytes of the rows and is 4-byte aligned, the view lies inside its slice.
-        unsafe { exec.execute(&raw, rows.saturating_mul(cols).saturating_mul(2)) }?;
+        unsafe { exec.execute(&raw, &at, rows.saturating_mul(cols).saturating_mul(2)) }?;
         (self.rows, self.cols) = (rows, cols);
         Ok(())
     }
 
+    /// The memory of the rows, packed blocks of [`dtype`](Self::dtype), perhaps with more behind them.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: any u32 is four bytes.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), 4 * self.words.len()) }
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+impl Q8<crate::device::Cuda> {
+    /// No rows.
+    pub fn on(device: &crate::device::Device) -> Result<Self, Error> {
+        Ok(Q8 { words: device.zeros(0)?, dtype: DType::Q8_X256, rows: 0, cols: 0 })
+    }
+
+    /// As `quantize` on the CPU: queues it. Allocates where these are more rows than ever before.
+    pub fn queue(
+        &mut self,
+        dtype: DType,
+        x: View<2, f32, crate::device::Cuda>,
+        stream: &crate::device::Stream,
+    ) -> Result<(), Error> {
+        let words = words(dtype, x.shape())?;
+        (self.dtype, self.rows, self.cols) = (dtype, 0, 0);
+        self.words.reserve(words)?;
+        let mut at = Addresses::new();
+        at.read(&x);
+        let y = at.write(&mut self.words.view_mut([words])?);
+        // SAFETY: `words` holds the bytes of the rows and is 4-byte aligned, the view lies inside its buffer.
+        unsafe { stream.queue::<Op>(raw(dtype, y, &x), &at, |_| ()) }?;
+        [self.rows, self.cols] = x.shape();
+        Ok(())
+    }
+}
+
+/// The words that rows of activations take.
+fn words(dtype: DType, [rows, cols]: [usize; 2]) -> Result<usize, Error> {
+    if !matches!(dtype, DType::Q8_X32 | DType::Q8_X256) {
+        return Err(Error::argument("dtype", format!("{dtype} is no type of activations")));
+    }
+    let bytes = rows.checked_mul(cols).filter(|_| cols % dtype.block() == 0).and_then(|n| dtype.bytes(n));
+    bytes.map(|bytes| bytes / 4).ok_or_else(|| {
+        let block = dtype.block();
+        Error::argument("x", format!("{rows} rows of {cols} values, expected a multiple of the block of {block}"))
+    })
+}
+
+fn raw<M: Memory>(dtype: DType, y: *mut u32, x: &View<2, f32, M>) -> ffi::q3n_activations_args {
+    let [rows, cols] = x.shape();
+    ffi::q3n_activations_args {
+        struct_bytes: size_of::<ffi::q3n_activations_args>() as u64,
+        y: y.cast(),
+        x: x.as_ptr(),
+        dtype: dtype.0,
+        x_row: x.stride(0),
+        rows: rows as i64,
+        N: cols as i64,
+    }
+}
+
+impl<M: Memory> Q8<M> {
     /// Rows and their length.
     pub fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
@@ -81,40 +143,45 @@ impl Q8 {
         self.dtype
     }
 
-    /// The memory of the rows, packed blocks of [`dtype`](Self::dtype), perhaps with more behind them.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: any u32 is four bytes.
-        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), 4 * self.words.len()) }
-    }
-
     /// The rows as bytes of [`dtype`](Self::dtype).
-    pub fn view(&self) -> Weight<'_, 2> {
-        Weight::new(self.bytes(), self.dtype, [self.rows, self.cols]).expect("quantize made room for these rows")
+    pub fn view(&self) -> Weight<'_, 2, M> {
+        let (words, shape) = (M::whole(&self.words), [self.rows, self.cols]);
+        let (at, bytes) = (words.as_ptr().cast(), 4 * words.shape()[0]);
+        // SAFETY: any u32 is four bytes.
+        let rows = unsafe { Weight::over(at, bytes, self.dtype, shape, crate::view::packed(shape), words.id()) };
+        rows.expect("quantize made room for these rows")
     }
 }
 
 /// Activations that meet weights: f32, or quantised for them.
-#[derive(Debug, Clone, Copy)]
-pub enum Rows<'a> {
+#[derive(Debug)]
+pub enum Rows<'a, M: Memory = Cpu> {
     /// As they are.
-    F32(View<'a, 2>),
+    F32(View<'a, 2, f32, M>),
     /// In the type that [`DType::activations`] of the weights names; the bytes start at an address that 4 divides.
-    Q8(Weight<'a, 2>),
+    Q8(Weight<'a, 2, M>),
 }
 
-impl<'a> From<View<'a, 2>> for Rows<'a> {
-    fn from(x: View<'a, 2>) -> Self {
+impl<M: Memory> Clone for Rows<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<M: Memory> Copy for Rows<'_, M> {}
+
+impl<'a, M: Memory> From<View<'a, 2, f32, M>> for Rows<'a, M> {
+    fn from(x: View<'a, 2, f32, M>) -> Self {
         Rows::F32(x)
     }
 }
 
-impl<'a> From<&'a Q8> for Rows<'a> {
-    fn from(x: &'a Q8) -> Self {
+impl<'a, M: Memory> From<&'a Q8<M>> for Rows<'a, M> {
+    fn from(x: &'a Q8<M>) -> Self {
         Rows::Q8(x.view())
     }
 }
 
-impl Rows<'_> {
+impl<M: Memory> Rows<'_, M> {
     /// Rows and their length.
     pub fn shape(&self) -> [usize; 2] {
         match self {
@@ -138,18 +205,15 @@ impl Rows<'_> {
         }
     }
 
-    pub(crate) fn as_ptr(&self) -> *const std::ffi::c_void {
+    pub(crate) fn read(&self, at: &mut Addresses<M>) -> *const std::ffi::c_void {
         match self {
-            Rows::F32(x) => x.as_ptr().cast(),
-            Rows::Q8(x) => x.as_ptr(),
+            Rows::F32(x) => at.read(x).cast(),
+            Rows::Q8(x) => at.weight(x),
         }
     }
 
     /// Error naming `arg` unless the shape is `expected`.
     pub(crate) fn expect(&self, arg: &'static str, expected: [usize; 2]) -> Result<(), Error> {
-        if self.shape() == expected {
-            return Ok(());
-        }
-        Err(Error::Shape { arg, got: self.shape().to_vec(), expected: expected.to_vec() })
+        crate::view::expect(arg, self.shape(), expected)
     }
 }

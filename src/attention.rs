@@ -1,5 +1,6 @@
 //! Flash attention with grouped heads, and the merge of its parts (`csrc/attention/attention.h`).
 
+use crate::memory::{Addresses, Cpu, Memory};
 use crate::operator::{operator, Exec, Operator};
 use crate::{ffi, status, Error, View, ViewMut};
 use half::{bf16, f16};
@@ -13,24 +14,47 @@ operator!(
     q3n_attention_check,
     q3n_attention_variant_count,
     q3n_attention_variant_at,
-    q3n_attention_best
+    q3n_attention_best,
+    [
+        "cuda",
+        q3n_attention_cuda,
+        q3n_attention_cuda_scratch_bytes,
+        q3n_attention_cuda_host_items,
+        q3n_attention_cuda_host,
+        q3n_attention_cuda_host_scratch_bytes
+    ],
+    [
+        "whole_cuda",
+        q3n_attention_whole_cuda,
+        q3n_attention_whole_cuda_scratch_bytes,
+        q3n_attention_whole_cuda_host_items,
+        q3n_attention_whole_cuda_host,
+        q3n_attention_whole_cuda_host_scratch_bytes
+    ]
 );
 
 /// A Q8_0 block as it lies in memory: an f16 scale and 32 int8.
 pub type Q8_0 = [u8; 34];
 
 /// Keys or values of all sequences, `[slots][S][HKV][D]`; Q8_0 in blocks, `[slots][S][HKV][D/32]`.
-#[derive(Debug, Clone, Copy)]
-pub enum Kv<'a> {
+#[derive(Debug)]
+pub enum Kv<'a, M: Memory = Cpu> {
     /// 32-bit floats.
-    F32(View<'a, 4>),
+    F32(View<'a, 4, f32, M>),
     /// IEEE half.
-    F16(View<'a, 4, f16>),
+    F16(View<'a, 4, f16, M>),
     /// bfloat16.
-    BF16(View<'a, 4, bf16>),
+    BF16(View<'a, 4, bf16, M>),
     /// 32 int8 with a scale.
-    Q8_0(View<'a, 4, Q8_0>),
+    Q8_0(View<'a, 4, Q8_0, M>),
 }
+
+impl<M: Memory> Clone for Kv<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<M: Memory> Copy for Kv<'_, M> {}
 
 /// What the C side takes of a cache; sizes and strides in elements.
 struct RawKv {
@@ -40,55 +64,55 @@ struct RawKv {
     strides: [i64; 3],
 }
 
-impl Kv<'_> {
-    fn raw(&self) -> RawKv {
-        fn of<T>(dtype: ffi::q3n_dtype, view: &View<4, T>, block: usize) -> RawKv {
+impl<M: Memory> Kv<'_, M> {
+    fn raw(&self, at: &mut Addresses<M>) -> RawKv {
+        fn of<T, M: Memory>(dtype: ffi::q3n_dtype, view: &View<4, T, M>, block: usize, at: &mut Addresses<M>) -> RawKv {
             let [slots, s, hkv, d] = view.shape();
             RawKv {
                 dtype,
-                data: view.as_ptr().cast(),
+                data: at.read(view).cast(),
                 shape: [slots, s, hkv, d.saturating_mul(block)],
-                strides: [0, 1, 2].map(|i| view.stride(i).saturating_mul(block as i64)),
+                strides: view.outer().map(|stride: i64| stride.saturating_mul(block as i64)),
             }
         }
         match self {
-            Kv::F32(view) => of(ffi::Q3N_F32, view, 1),
-            Kv::F16(view) => of(ffi::Q3N_F16, view, 1),
-            Kv::BF16(view) => of(ffi::Q3N_BF16, view, 1),
-            Kv::Q8_0(view) => of(ffi::Q3N_Q8_0, view, 32),
+            Kv::F32(view) => of(ffi::Q3N_F32, view, 1, at),
+            Kv::F16(view) => of(ffi::Q3N_F16, view, 1, at),
+            Kv::BF16(view) => of(ffi::Q3N_BF16, view, 1, at),
+            Kv::Q8_0(view) => of(ffi::Q3N_Q8_0, view, 32, at),
         }
     }
 
     /// `[slots, S, HKV, D]`, in elements also for block types.
     pub fn shape(&self) -> [usize; 4] {
-        self.raw().shape
+        self.raw(&mut Addresses::new()).shape
     }
 }
 
 /// Arguments of [`run`].
-pub struct Args<'a> {
+pub struct Args<'a, M: Memory = Cpu> {
     /// Output, `[B][T][HQ][D]`; with `cu_seqlens` `[1][T][HQ][D]`.
-    pub o: ViewMut<'a, 4>,
+    pub o: ViewMut<'a, 4, f32, M>,
     /// Output, log-sum-exp of the scores, `[B][T][HQ]` (`[1][T][HQ]`).
-    pub lse: Option<ViewMut<'a, 3>>,
+    pub lse: Option<ViewMut<'a, 3, f32, M>>,
     /// Queries, the shape of o; HQ is a multiple of HKV, D ≤ 512.
-    pub q: View<'a, 4>,
+    pub q: View<'a, 4, f32, M>,
     /// Keys.
-    pub k: Kv<'a>,
+    pub k: Kv<'a, M>,
     /// Values, shape and type of the keys.
-    pub v: Kv<'a>,
+    pub v: Kv<'a, M>,
     /// The output is multiplied by its sigmoid; the shape of o.
-    pub gate: Option<View<'a, 4>>,
+    pub gate: Option<View<'a, 4, f32, M>>,
     /// Added to the scores, `[B][T][S]` (`[1][T][S]`); −∞ hides a key.
-    pub mask: Option<View<'a, 3>>,
+    pub mask: Option<View<'a, 3, f32, M>>,
     /// A score without a value for each head, `[HQ]`.
-    pub sinks: Option<&'a [f32]>,
+    pub sinks: Option<View<'a, 1, f32, M>>,
     /// Cache entry of each sequence, `[B]`; `None`: entry b.
-    pub slot: Option<&'a [i64]>,
+    pub slot: Option<M::Indices<'a>>,
     /// Keys of each sequence, `[B]`, ≤ S; `None`: S.
-    pub kv_len: Option<&'a [i64]>,
+    pub kv_len: Option<M::Indices<'a>>,
     /// `[B+1]`, from 0 to T: sequence b is the tokens `cu_seqlens[b]..cu_seqlens[b+1]` of one packed row.
-    pub cu_seqlens: Option<&'a [i64]>,
+    pub cu_seqlens: Option<M::Indices<'a>>,
     /// The last query of a sequence sees its last key, earlier ones see one less each.
     pub causal: bool,
     /// Factor of the scores, customarily 1/√D.
@@ -100,12 +124,27 @@ pub struct Args<'a> {
 /// Attention of every query. Errors: shapes or types that do not fit together, D outside 1..=512, slots, lengths or
 /// windows outside the cache, fewer keys than causal queries, overlapping output strides.
 pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
-    let raw = raw(&mut args)?;
+    let (raw, at) = raw(&mut args)?;
     let [rows, t, hq, d] = args.q.shape();
     let seen = (raw.kv_end - raw.kv_begin).max(0) as usize;
     let cost = [rows, t, hq, d, seen, 4].into_iter().fold(1, usize::saturating_mul);
     // SAFETY: `raw` compared every shape and length; the C check validates what slot, kv_len and cu_seqlens hold.
-    unsafe { exec.execute(&raw, cost) }
+    unsafe { exec.execute(&raw, &at, cost) }
+}
+
+/// As [`run`], on a device: queues it. The kernel itself splits few queries over many keys.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+pub fn queue(mut args: Args<crate::device::Cuda>, stream: &crate::device::Stream) -> Result<(), Error> {
+    use crate::device::Indices;
+    let (slot, kv_len, cu_seqlens) = (args.slot, args.kv_len, args.cu_seqlens);
+    let (raw, at) = raw(&mut args)?;
+    // SAFETY: as in `run`, with buffers for slices.
+    unsafe {
+        stream.queue::<Op>(raw, &at, |raw| {
+            (raw.slot, raw.kv_len) = (Indices::some(slot), Indices::some(kv_len));
+            raw.cu_seqlens = Indices::some(cu_seqlens);
+        })
+    }
 }
 
 /// Keys a part of [`run_split`] takes.
@@ -123,7 +162,7 @@ thread_local! {
 /// then merged, so that decode has work for every thread. The cut depends on the sequence's own sizes alone: the bits
 /// are the same for any number of threads and in any batch.
 pub fn run_split(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
-    status::check(Op::NAME, Op::check(&raw(&mut args)?))?;
+    status::check(Op::NAME, Op::check(&raw(&mut args)?.0))?;
     let sequences = sequences(&args);
     if sequences.iter().all(|s| s.parts() <= 1) {
         return run(args, exec);
@@ -288,60 +327,41 @@ impl Sequence {
     }
 }
 
-/// The C args, shapes and lengths compared.
-fn raw(args: &mut Args) -> Result<ffi::q3n_attention_args, Error> {
+/// The C args, shapes and lengths compared, and where they lie.
+fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_attention_args, Addresses<M>), Error> {
     let [rows, t, hq, d] = args.o.shape();
-    let batch = match args.cu_seqlens {
-        None => rows,
-        Some([]) => return Err(Error::argument("cu_seqlens", "is empty, expected B + 1 elements")),
-        Some(_) if rows != 1 => return Err(Error::argument("cu_seqlens", format!("packs one row, but B is {rows}"))),
-        Some(cu) => cu.len() - 1,
-    };
+    let batch = crate::operator::sequences(rows, args.cu_seqlens.as_ref().map(M::indices))?;
     args.q.expect("q", [rows, t, hq, d])?;
-    let (k, v) = (args.k.raw(), args.v.raw());
+    let mut at = Addresses::new();
+    let (k, v) = (args.k.raw(&mut at), args.v.raw(&mut at));
     let [slots, s, hkv, _] = k.shape;
     for (name, kv) in [("k", &k), ("v", &v)] {
-        if kv.shape != [slots, s, hkv, d] {
-            return Err(Error::Shape { arg: name, got: kv.shape.to_vec(), expected: vec![slots, s, hkv, d] });
-        }
+        crate::view::expect(name, kv.shape, [slots, s, hkv, d])?;
     }
     if k.dtype != v.dtype {
         return Err(Error::argument("v", "is not of the type of k"));
     }
-    if let Some(gate) = &args.gate {
-        gate.expect("gate", [rows, t, hq, d])?;
-    }
-    if let Some(mask) = &args.mask {
-        mask.expect("mask", [rows, t, s])?;
-    }
-    if let Some(lse) = &args.lse {
-        lse.expect("lse", [rows, t, hq])?;
-    }
-    if let Some(sinks) = args.sinks {
-        View::new(sinks, [sinks.len()])?.expect("sinks", [hq])?;
-    }
-    for (name, list) in [("slot", args.slot), ("kv_len", args.kv_len)] {
-        if let Some(list) = list {
-            View::new(list, [list.len()])?.expect(name, [batch])?;
-        }
-    }
+    args.gate.map_or(Ok(()), |gate| gate.expect("gate", [rows, t, hq, d]))?;
+    args.mask.map_or(Ok(()), |mask| mask.expect("mask", [rows, t, s]))?;
+    args.lse.as_ref().map_or(Ok(()), |lse| lse.expect("lse", [rows, t, hq]))?;
+    args.sinks.map_or(Ok(()), |sinks| sinks.expect("sinks", [hq]))?;
     let window = args.window.clone().unwrap_or(0..s);
-    let [gate_b, gate_t, gate_h] = args.gate.map_or([0; 3], |g| [0, 1, 2].map(|i| g.stride(i)));
-    let [mask_b, mask_t] = args.mask.map_or([0; 2], |m| [m.stride(0), m.stride(1)]);
-    let [lse_b, lse_t] = args.lse.as_ref().map_or([0; 2], |l| [l.stride(0), l.stride(1)]);
-    Ok(ffi::q3n_attention_args {
+    let [gate_b, gate_t, gate_h] = args.gate.map_or([0; 3], |g| g.outer());
+    let [mask_b, mask_t] = args.mask.map_or([0; 2], |m| m.outer());
+    let [lse_b, lse_t] = args.lse.as_ref().map_or([0; 2], |l| l.outer());
+    let raw = ffi::q3n_attention_args {
         struct_bytes: size_of::<ffi::q3n_attention_args>() as u64,
-        o: args.o.as_mut_ptr(),
-        lse: args.lse.as_mut().map_or(std::ptr::null_mut(), |l| l.as_mut_ptr()),
-        q: args.q.as_ptr(),
+        o: at.write(&mut args.o),
+        lse: at.write_some(&mut args.lse),
+        q: at.read(&args.q),
         k: k.data,
         v: v.data,
-        gate: args.gate.map_or(std::ptr::null(), |g| g.as_ptr()),
-        mask: args.mask.map_or(std::ptr::null(), |m| m.as_ptr()),
-        sinks: args.sinks.map_or(std::ptr::null(), |s| s.as_ptr()),
-        slot: args.slot.map_or(std::ptr::null(), |s| s.as_ptr()),
-        kv_len: args.kv_len.map_or(std::ptr::null(), |l| l.as_ptr()),
-        cu_seqlens: args.cu_seqlens.map_or(std::ptr::null(), |c| c.as_ptr()),
+        gate: at.read_some(&args.gate),
+        mask: at.read_some(&args.mask),
+        sinks: at.read_some(&args.sinks),
+        slot: at.indices("slot", &args.slot, batch)?,
+        kv_len: at.indices("kv_len", &args.kv_len, batch)?,
+        cu_seqlens: at.indices("cu_seqlens", &args.cu_seqlens, batch + 1)?,
         kv_dtype: k.dtype,
         causal: args.causal.into(),
         scale: args.scale,
@@ -373,11 +393,13 @@ fn raw(args: &mut Args) -> Result<ffi::q3n_attention_args, Error> {
         HQ: hq as i64,
         HKV: hkv as i64,
         D: d as i64,
-    })
+    };
+    Ok((raw, at))
 }
 
 /// The exact merge of attention over disjoint ranges of keys.
 pub mod merge {
+    use crate::memory::{Addresses, Cpu, Memory};
     use crate::operator::{operator, Exec};
     use crate::{ffi, Error, View, ViewMut};
 
@@ -387,54 +409,73 @@ pub mod merge {
         q3n_attention_merge_check,
         q3n_attention_merge_variant_count,
         q3n_attention_merge_variant_at,
-        q3n_attention_merge_best
+        q3n_attention_merge_best,
+        [
+            "cuda",
+            q3n_attention_merge_cuda,
+            q3n_attention_merge_cuda_scratch_bytes,
+            q3n_attention_merge_cuda_host_items,
+            q3n_attention_merge_cuda_host,
+            q3n_attention_merge_cuda_host_scratch_bytes
+        ]
     );
 
     /// Arguments of [`run`].
-    pub struct Args<'a> {
+    pub struct Args<'a, M: Memory = Cpu> {
         /// Output, `[T][HQ][D]`.
-        pub o: ViewMut<'a, 3>,
+        pub o: ViewMut<'a, 3, f32, M>,
         /// Output, `[T][HQ]`.
-        pub lse: Option<ViewMut<'a, 2>>,
+        pub lse: Option<ViewMut<'a, 2, f32, M>>,
         /// Outputs of the parts, made without sinks and gate, `[parts][T][HQ][D]`, packed.
-        pub part_o: View<'a, 4>,
+        pub part_o: View<'a, 4, f32, M>,
         /// Log-sum-exp of the parts, `[parts][T][HQ]`, packed.
-        pub part_lse: View<'a, 3>,
+        pub part_lse: View<'a, 3, f32, M>,
         /// As in [`super::Args`], `[T][HQ][D]`.
-        pub gate: Option<View<'a, 3>>,
+        pub gate: Option<View<'a, 3, f32, M>>,
         /// As in [`super::Args`], `[HQ]`.
-        pub sinks: Option<&'a [f32]>,
+        pub sinks: Option<View<'a, 1, f32, M>>,
     }
 
     /// Merges every row. Errors: shapes that do not fit together, parts with gaps, overlapping output strides.
     pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
+        let cost = args.part_o.shape().into_iter().fold(2, usize::saturating_mul);
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: every view lies inside its slice and has the shape that `raw` compared; the parts are packed.
+        unsafe { exec.execute(&raw, &at, cost) }
+    }
+
+    /// As [`run`], on a device: queues it.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn queue(mut args: Args<crate::device::Cuda>, stream: &crate::device::Stream) -> Result<(), Error> {
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: as in `run`, with buffers for slices.
+        unsafe { stream.queue::<Op>(raw, &at, |_| ()) }
+    }
+
+    /// The C args, shapes compared, and where they lie.
+    fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_attention_merge_args, Addresses<M>), Error> {
         let [t, hq, d] = args.o.shape();
         let [parts, ..] = args.part_o.shape();
         args.part_o.expect("part_o", [parts, t, hq, d])?;
         args.part_lse.expect("part_lse", [parts, t, hq])?;
-        if !packed(&args.part_o) {
+        if !args.part_o.packed() {
             return Err(Error::argument("part_o", "has gaps, expected packed parts"));
         }
-        if !packed(&args.part_lse) {
+        if !args.part_lse.packed() {
             return Err(Error::argument("part_lse", "has gaps, expected packed parts"));
         }
-        if let Some(lse) = &args.lse {
-            lse.expect("lse", [t, hq])?;
-        }
-        if let Some(gate) = &args.gate {
-            gate.expect("gate", [t, hq, d])?;
-        }
-        if let Some(sinks) = args.sinks {
-            View::new(sinks, [sinks.len()])?.expect("sinks", [hq])?;
-        }
+        args.lse.as_ref().map_or(Ok(()), |lse| lse.expect("lse", [t, hq]))?;
+        args.gate.map_or(Ok(()), |gate| gate.expect("gate", [t, hq, d]))?;
+        args.sinks.map_or(Ok(()), |sinks| sinks.expect("sinks", [hq]))?;
+        let mut at = Addresses::new();
         let raw = ffi::q3n_attention_merge_args {
             struct_bytes: size_of::<ffi::q3n_attention_merge_args>() as u64,
-            o: args.o.as_mut_ptr(),
-            lse: args.lse.as_mut().map_or(std::ptr::null_mut(), |l| l.as_mut_ptr()),
-            part_o: args.part_o.as_ptr(),
-            part_lse: args.part_lse.as_ptr(),
-            gate: args.gate.map_or(std::ptr::null(), |g| g.as_ptr()),
-            sinks: args.sinks.map_or(std::ptr::null(), |s| s.as_ptr()),
+            o: at.write(&mut args.o),
+            lse: at.write_some(&mut args.lse),
+            part_o: at.read(&args.part_o),
+            part_lse: at.read(&args.part_lse),
+            gate: at.read_some(&args.gate),
+            sinks: at.read_some(&args.sinks),
             o_t: args.o.stride(0),
             o_h: args.o.stride(1),
             lse_t: args.lse.as_ref().map_or(0, |l| l.stride(0)),
@@ -445,19 +486,6 @@ pub mod merge {
             HQ: hq as i64,
             D: d as i64,
         };
-        let cost = [parts, t, hq, d, 2].into_iter().fold(1, usize::saturating_mul);
-        // SAFETY: every view lies inside its slice and has the shape just compared; the parts are packed.
-        unsafe { exec.execute(&raw, cost) }
-    }
-
-    /// Whether the elements of a view lie one after the other.
-    fn packed<const R: usize>(view: &View<R>) -> bool {
-        let mut expected = 1usize;
-        view.shape().contains(&0)
-            || (0..R).rev().all(|i| {
-                let ok = view.shape()[i] <= 1 || view.stride(i) as usize == expected;
-                expected = expected.saturating_mul(view.shape()[i]);
-                ok
-            })
+        Ok((raw, at))
     }
 }

@@ -1,22 +1,23 @@
-//! CUDA devices, streams and buffers (feature `cuda`), on `cust`.
+//! CUDA devices, streams and buffers: GPUs on `cust` (feature `cuda`), and the host executor, which runs the kernels on the
+//! CPU and watches them (feature `cuda-host`).
 //!
-//! A [`Buffer`] lies in a device's memory; operators take [`DeviceView`]s of buffers and queue their work on a
-//! [`Stream`]. A view that is written borrows its buffer mutably, so that no safe call can alias it. A call returns
-//! before its work is done; copies to and from the CPU wait for all work queued before, on any stream, and so does
-//! freeing. Work on different streams is in no order: a buffer that one stream writes and another uses needs a
-//! [`Stream::wait`] in between, or holds one of the values.
+//! A [`Buffer`] lies in a device's memory; the function `queue` of an operator takes views of buffers in the arguments that
+//! `run` takes views of slices in, checks them alike and queues the work on a [`Stream`]. A view that is written borrows its
+//! buffer mutably, so that no safe call can alias it. A call returns before its work is done; copies to and from the CPU
+//! wait for all work queued before, on any stream, and so does freeing. Work on different streams is in no order: a buffer
+//! that one stream writes and another uses needs a [`Stream::wait`] in between, or holds one of the values.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), qwen3next_kernels::Error> {
 //! use qwen3next_kernels::{device::Device, norm};
-//! let device = Device::open(0)?;
+//! let device = Device::open(0)?; // Device::executor(): the same without a GPU
 //! let (stream, x) = (device.stream()?, device.upload(&[1.0f32; 4096])?);
 //! let mut y = device.zeros::<f32>(4096)?;
-//! norm::cuda::run(
-//!     norm::cuda::Args {
+//! norm::queue(
+//!     norm::Args {
 //!         y: y.view_mut([2, 1, 2048])?,
 //!         x: Some(x.view([2, 1, 2048])?),
-//!         kind: norm::cuda::Kind::L2,
+//!         kind: norm::Kind::L2,
 //!         eps: 1e-6,
 //!     },
 //!     &stream,
@@ -26,40 +27,64 @@
 //! # }
 //! ```
 
-use crate::view::{expect, fits, packed, Array};
-use crate::{ffi, Error};
-use cust::context::{Context, ContextHandle, CurrentContext};
-use cust::error::CudaError;
-use cust::memory::{CopyDestination, DeviceBuffer, DeviceCopy};
-use cust::stream::StreamFlags;
+use crate::memory::{sealed, Addresses, Element, Memory};
+use crate::operator::{Kernel, Operator};
+use crate::view::{packed, View, ViewMut};
+use crate::{DType, Error, Weight};
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::Mutex;
 
-/// What a buffer may hold: numbers, of which every bit pattern is one.
-pub trait Element: DeviceCopy + Copy + Default + sealed::Sealed {}
+/// The memory of devices, as a parameter of views and arguments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cuda;
 
-mod sealed {
-    pub trait Sealed {}
+/// A read-only view of `R` axes of a [`Buffer`].
+pub type DeviceView<'a, const R: usize, T = f32> = View<'a, R, T, Cuda>;
+/// A writable view of `R` axes of a [`Buffer`].
+pub type DeviceViewMut<'a, const R: usize, T = f32> = ViewMut<'a, R, T, Cuda>;
+
+impl sealed::Sealed for Cuda {}
+impl Memory for Cuda {
+    type Id = usize;
+    type Indices<'a> = &'a Indices;
+    type Vec<T: Element> = Buffer<T>;
+
+    fn indices<'a>(indices: &Self::Indices<'a>) -> &'a [i64] {
+        &indices.host
+    }
+
+    fn indices_id(indices: &Self::Indices<'_>) -> usize {
+        indices.device.device.id()
+    }
+
+    fn whole<T: Element>(values: &Buffer<T>) -> DeviceView<'_, 1, T> {
+        values.view([values.len()]).expect("a buffer holds itself")
+    }
 }
 
-macro_rules! elements {
-    ($($t:ty),*) => { $(impl sealed::Sealed for $t {} impl Element for $t {})* };
-}
-elements!(f32, i32, i64, u8, u16);
-
-/// A CUDA device, ready for work. Clones share one context.
+/// A CUDA device, ready for work. Clones are the same device.
 #[derive(Debug, Clone)]
-pub struct Device(Arc<Context>);
+pub struct Device(Place);
 
-fn cuda<T>(what: &'static str, result: Result<T, CudaError>) -> Result<T, Error> {
+#[derive(Debug, Clone)]
+enum Place {
+    #[cfg(feature = "cuda")]
+    Gpu(std::sync::Arc<cust::context::Context>),
+    #[cfg(feature = "cuda-host")]
+    Executor,
+}
+
+#[cfg(feature = "cuda")]
+fn cuda<T>(what: &'static str, result: Result<T, cust::error::CudaError>) -> Result<T, Error> {
     result.map_err(|e| Error::Device { operator: what, report: e.to_string() })
 }
 
+#[cfg(feature = "cuda")]
 impl Device {
-    /// How many devices there are. Error: no driver, in words.
+    /// How many GPUs there are. Error: no driver, in words.
     pub fn count() -> Result<u32, Error> {
         // SAFETY: NULL, or a NUL-terminated text that is not freed.
-        let missing = unsafe { ffi::q3n_cuda_driver_missing() };
+        let missing = unsafe { crate::ffi::q3n_cuda_driver_missing() };
         if !missing.is_null() {
             // SAFETY: not NULL, so as above.
             let text = unsafe { std::ffi::CStr::from_ptr(missing) };
@@ -69,57 +94,124 @@ impl Device {
         cuda("device", cust::device::Device::num_devices())
     }
 
-    /// The device of that number, from 0.
+    /// The GPU of that number, from 0.
     pub fn open(number: u32) -> Result<Device, Error> {
         let count = Device::count()?;
         if number >= count {
             return Err(Error::argument("device", format!("number {number} of {count}")));
         }
         let device = cuda("device", cust::device::Device::get_device(number))?;
-        Ok(Device(Arc::new(cuda("device", Context::new(device))?)))
+        let context = cuda("device", cust::context::Context::new(device))?;
+        Ok(Device(Place::Gpu(std::sync::Arc::new(context))))
+    }
+}
+
+impl Device {
+    /// The host executor: memory of the CPU, kernels that run within the call that queues them. A mistake that it finds
+    /// in a kernel is that call's error.
+    #[cfg(feature = "cuda-host")]
+    pub fn executor() -> Device {
+        Device(Place::Executor)
     }
 
     /// Its name, as the driver gives it.
     pub fn name(&self) -> Result<String, Error> {
         self.enter()?;
-        cuda("device", CurrentContext::get_device().and_then(|d| d.name()))
+        match &self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Gpu(_) => cuda("device", cust::context::CurrentContext::get_device().and_then(|d| d.name())),
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => Ok("host executor".into()),
+        }
     }
 
     /// A new stream.
     pub fn stream(&self) -> Result<Stream, Error> {
         self.enter()?;
-        // DEFAULT: copies, which use the default stream, wait for its work.
-        let inner = cuda("stream", cust::stream::Stream::new(StreamFlags::DEFAULT, None))?;
-        Ok(Stream { inner: Some(inner), device: self.clone() })
+        let inner = match &self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Gpu(_) => {
+                // DEFAULT: copies, which use the default stream, wait for its work.
+                let flags = cust::stream::StreamFlags::DEFAULT;
+                Queue::Gpu(cuda("stream", cust::stream::Stream::new(flags, None))?)
+            }
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => Queue::Executor,
+        };
+        Ok(Stream { inner: Some(inner), scratch: Mutex::new(self.zeros(0)?), device: self.clone() })
     }
 
     /// A buffer with these values.
     pub fn upload<T: Element>(&self, values: &[T]) -> Result<Buffer<T>, Error> {
-        self.enter()?;
-        let memory = Some(cuda("buffer", DeviceBuffer::from_slice(values))?);
-        Ok(Buffer { memory, device: self.clone() })
+        let mut buffer = self.allocate(values.len())?;
+        buffer.write(values)?;
+        Ok(buffer)
     }
 
-    /// A buffer of `len` zeros.
+    /// A buffer of `len` elements whose bits are 0.
     pub fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>, Error> {
-        self.upload(&vec![T::default(); len])
+        let mut buffer = self.allocate(len)?;
+        buffer.memory_mut().zero()?;
+        Ok(buffer)
+    }
+
+    /// Indices for operators: positions, pool entries, starts of sequences.
+    pub fn indices(&self, values: &[i64]) -> Result<Indices, Error> {
+        Ok(Indices { host: values.into(), device: self.upload(values)? })
+    }
+
+    /// With free contents: for those who fill it next.
+    fn allocate<T: Element>(&self, len: usize) -> Result<Buffer<T>, Error> {
+        self.enter()?;
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
+        let Some(bytes) = bytes else {
+            return Err(Error::argument("len", format!("{len} elements are more than memory can hold")));
+        };
+        let memory = match &self.0 {
+            #[cfg(feature = "cuda")]
+            // SAFETY: every bit pattern is a u8; nobody reads them before they are written.
+            Place::Gpu(_) => Bytes::Gpu(cuda("buffer", unsafe { cust::memory::DeviceBuffer::uninitialized(bytes) })?),
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => Bytes::Executor(HostBytes::new(bytes)?),
+        };
+        Ok(Buffer { memory: Some(memory), len, device: self.clone(), holds: PhantomData })
     }
 
     /// Makes the device's context that of this thread.
     fn enter(&self) -> Result<(), Error> {
-        cuda("device", CurrentContext::set_current(&*self.0))
+        match &self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Gpu(context) => cuda("device", cust::context::CurrentContext::set_current(&**context)),
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => Ok(()),
+        }
     }
 
-    fn is(&self, other: &Device) -> bool {
-        self.0.get_inner() == other.0.get_inner()
+    /// The same for clones alone; no context's address is 0.
+    fn id(&self) -> usize {
+        match &self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Gpu(context) => std::sync::Arc::as_ptr(context) as usize,
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => 0,
+        }
     }
 }
 
-/// A queue of work on a device.
+#[derive(Debug)]
+enum Queue {
+    #[cfg(feature = "cuda")]
+    Gpu(cust::stream::Stream),
+    #[cfg(feature = "cuda-host")]
+    Executor,
+}
+
+/// A queue of work on a device, with the scratch that its kernels use one after the other.
 #[derive(Debug)]
 pub struct Stream {
     /// `None` while it is dropped.
-    inner: Option<cust::stream::Stream>,
+    inner: Option<Queue>,
+    scratch: Mutex<Buffer<u8>>,
     device: Device,
 }
 
@@ -127,31 +219,81 @@ impl Stream {
     /// Returns when all its work is done; an error of any of it shows here.
     pub fn wait(&self) -> Result<(), Error> {
         self.device.enter()?;
-        cuda("stream", self.inner().synchronize())
+        match self.inner() {
+            #[cfg(feature = "cuda")]
+            Queue::Gpu(stream) => cuda("stream", stream.synchronize()),
+            #[cfg(feature = "cuda-host")]
+            Queue::Executor => Ok(()),
+        }
     }
 
-    fn inner(&self) -> &cust::stream::Stream {
+    /// Its device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn inner(&self) -> &Queue {
         self.inner.as_ref().expect("there until it is dropped")
     }
 
-    /// Calls `launch` with the stream as C takes it, where all `views` lie on its device.
-    pub(crate) fn launch(
+    /// Checks `raw`, whose index arrays are still the CPU's, has `place` put the device's in their stead, and queues the
+    /// operator's first kernel.
+    ///
+    /// # Safety
+    /// `at` noted all pointers in `raw`, which must be valid there for what the operator's header says.
+    pub(crate) unsafe fn queue<O: Operator>(
         &self,
-        operator: &'static str,
-        views: &[Option<&Device>],
-        launch: impl FnOnce(ffi::q3n_stream) -> i32,
+        mut raw: O::Raw,
+        at: &Addresses<Cuda>,
+        place: impl FnOnce(&mut O::Raw),
     ) -> Result<(), Error> {
-        if !views.iter().flatten().all(|device| device.is(&self.device)) {
-            return Err(Error::argument("stream", "a view lies on another device"));
+        if at.one()?.is_some_and(|id| id != self.device.id()) {
+            return Err(Error::argument("stream", "is not of the device that the arguments lie on"));
         }
+        crate::status::check(O::NAME, O::check(&raw))?;
+        place(&mut raw);
+        // SAFETY: just checked, and placed.
+        unsafe { self.launch::<O>(&raw, &O::KERNELS[0]) }
+    }
+
+    /// Queues a kernel. Allocates where it needs more scratch than any before; then it waits for those.
+    ///
+    /// # Safety
+    /// `raw` passed the operator's check, and its pointers are this device's.
+    pub(crate) unsafe fn launch<O: Operator>(&self, raw: &O::Raw, kernel: &Kernel<O::Raw>) -> Result<(), Error> {
         self.device.enter()?;
-        let status = launch(self.inner().as_inner().cast());
-        if status as u32 & 0xff == ffi::Q3N_DEVICE {
-            // SAFETY: a NUL-terminated text that only this thread's next launch changes.
-            let report = unsafe { std::ffi::CStr::from_ptr(ffi::q3n_cuda_report()) };
-            return Err(Error::Device { operator, report: report.to_string_lossy().into_owned() });
+        let missing = || Error::argument("stream", format!("{} has no kernel for {:?}", O::NAME, self.device));
+        match self.inner() {
+            #[cfg(feature = "cuda")]
+            Queue::Gpu(stream) => {
+                let (launch, scratch_bytes) = kernel.gpu.ok_or_else(missing)?;
+                // SAFETY: `raw` passed the operator's check.
+                let scratch = self.scratch(unsafe { scratch_bytes(raw) })?;
+                // SAFETY: as above; the pointers are the device's, as the caller says.
+                let status = unsafe { launch(raw, scratch, stream.as_inner().cast()) };
+                if status as u32 & 0xff == crate::ffi::Q3N_DEVICE {
+                    // SAFETY: a NUL-terminated text that only this thread's next launch changes.
+                    let report = unsafe { std::ffi::CStr::from_ptr(crate::ffi::q3n_cuda_report()) };
+                    return Err(Error::Device { operator: O::NAME, report: report.to_string_lossy().into_owned() });
+                }
+                crate::status::check(O::NAME, status)
+            }
+            #[cfg(feature = "cuda-host")]
+            Queue::Executor => {
+                let (items, run, scratch_bytes) = kernel.executor.ok_or_else(missing)?;
+                // SAFETY: `raw` passed the operator's check.
+                let scratch = self.scratch(unsafe { scratch_bytes(raw) })?;
+                // SAFETY: as above; the executor's memory is the CPU's.
+                crate::status::check(O::NAME, unsafe { run(raw, 0, items(raw), scratch) })
+            }
         }
-        crate::status::check(operator, status)
+    }
+
+    /// Scratch of that size: what a kernel leaves there is gone when the next one of this stream runs.
+    fn scratch(&self, bytes: i64) -> Result<*mut std::ffi::c_void, Error> {
+        let mut scratch = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        scratch.reserve(usize::try_from(bytes).unwrap_or(0))?;
+        Ok(scratch.address().cast())
     }
 }
 
@@ -164,39 +306,128 @@ impl Drop for Stream {
     }
 }
 
-/// Elements in a device's memory.
+#[derive(Debug)]
+enum Bytes {
+    #[cfg(feature = "cuda")]
+    Gpu(cust::memory::DeviceBuffer<u8>),
+    #[cfg(feature = "cuda-host")]
+    Executor(HostBytes),
+}
+
+impl Bytes {
+    fn zero(&mut self) -> Result<(), Error> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Bytes::Gpu(memory) => cuda("buffer", memory.set_8(0)),
+            #[cfg(feature = "cuda-host")]
+            // SAFETY: the whole allocation.
+            Bytes::Executor(memory) => unsafe { Ok(memory.at.write_bytes(0, memory.layout.size())) },
+        }
+    }
+}
+
+/// Elements in a device's memory, from an address on that 256 divides.
 #[derive(Debug)]
 pub struct Buffer<T: Element> {
     /// `None` while it is dropped.
-    memory: Option<DeviceBuffer<T>>,
+    memory: Option<Bytes>,
+    len: usize,
     device: Device,
+    holds: PhantomData<T>,
 }
 
 impl<T: Element> Buffer<T> {
     /// Elements.
     pub fn len(&self) -> usize {
-        self.memory().len()
+        self.len
     }
 
     /// No elements.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Makes room for `len` elements where there are fewer; contents are free then.
+    pub fn reserve(&mut self, len: usize) -> Result<(), Error> {
+        if self.len < len {
+            *self = self.device.allocate(len)?;
+        }
+        Ok(())
     }
 
     /// Overwrites all of it, once the work queued so far is done.
     pub fn write(&mut self, values: &[T]) -> Result<(), Error> {
-        if values.len() != self.len() {
-            return Err(Error::argument("values", format!("{} of them, expected {}", values.len(), self.len())));
+        if values.len() != self.len {
+            return Err(Error::argument("values", format!("{} of them, expected {}", values.len(), self.len)));
+        }
+        self.write_at(0, values)
+    }
+
+    /// Overwrites the elements from `first` on, once the work queued so far is done.
+    pub fn write_at(&mut self, first: usize, values: &[T]) -> Result<(), Error> {
+        if first > self.len || values.len() > self.len - first {
+            let why = format!("{} of them from {first} on, there are {}", values.len(), self.len);
+            return Err(Error::argument("values", why));
+        }
+        if values.is_empty() {
+            return Ok(());
         }
         self.device.enter()?;
-        cuda("buffer", self.memory.as_mut().expect("there until it is dropped").copy_from(values))
+        let (start, bytes) = (first * size_of::<T>(), size_of_val(values));
+        // SAFETY: elements are plain bytes.
+        let from = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), bytes) };
+        match self.memory_mut() {
+            #[cfg(feature = "cuda")]
+            Bytes::Gpu(memory) => {
+                use cust::memory::CopyDestination;
+                cuda("buffer", memory.index(start..start + bytes).copy_from(from))
+            }
+            #[cfg(feature = "cuda-host")]
+            // SAFETY: the range was compared with the length, and `values` is no part of a buffer.
+            Bytes::Executor(memory) => unsafe {
+                memory.at.add(start).copy_from_nonoverlapping(from.as_ptr(), bytes);
+                Ok(())
+            },
+        }
     }
 
     /// The values, once the work queued so far is done.
     pub fn download(&self) -> Result<Vec<T>, Error> {
+        self.download_at(0, self.len)
+    }
+
+    /// `count` values from `first` on, once the work queued so far is done.
+    pub fn download_at(&self, first: usize, count: usize) -> Result<Vec<T>, Error> {
+        if first > self.len || count > self.len - first {
+            let why = format!("{count} of them from {first} on, there are {}", self.len);
+            return Err(Error::argument("values", why));
+        }
         self.device.enter()?;
-        let mut values = vec![T::default(); self.len()];
-        cuda("buffer", self.memory().copy_to(&mut values[..]))?;
+        let (start, bytes) = (first * size_of::<T>(), count * size_of::<T>());
+        let mut values = Vec::<T>::with_capacity(count);
+        if bytes > 0 {
+            match self.memory() {
+                #[cfg(feature = "cuda")]
+                Bytes::Gpu(memory) => {
+                    use cust::memory::CopyDestination;
+                    // SAFETY: the capacity just made; every bit pattern is a u8.
+                    let to = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), bytes) };
+                    cuda("buffer", memory.index(start..start + bytes).copy_to(to))?;
+                }
+                #[cfg(feature = "cuda-host")]
+                // SAFETY: the range was compared with the length, and the vector is no part of a buffer.
+                Bytes::Executor(memory) => unsafe {
+                    values.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(memory.at.add(start), bytes)
+                },
+            }
+        }
+        // SAFETY: all of them were just written, and any bits are an element.
+        unsafe { values.set_len(count) };
         Ok(values)
     }
 
@@ -211,8 +442,18 @@ impl<T: Element> Buffer<T> {
         shape: [usize; R],
         strides: [usize; R],
     ) -> Result<DeviceView<'_, R, T>, Error> {
-        fits(self.len(), shape, strides)?;
-        Ok(DeviceView { at: self.address(), shape, strides, device: &self.device, life: PhantomData })
+        // SAFETY: the buffer's own elements, borrowed as long.
+        unsafe { View::over(self.address(), self.len, shape, strides, self.device.id()) }
+    }
+
+    /// A view with strides in elements, from element `first` on.
+    pub fn view_from<const R: usize>(
+        &self,
+        first: usize,
+        shape: [usize; R],
+        strides: [usize; R],
+    ) -> Result<DeviceView<'_, R, T>, Error> {
+        self.view([self.len])?.part(first, shape, strides)
     }
 
     /// A packed writable view of its front.
@@ -226,16 +467,52 @@ impl<T: Element> Buffer<T> {
         shape: [usize; R],
         strides: [usize; R],
     ) -> Result<DeviceViewMut<'_, R, T>, Error> {
-        fits(self.len(), shape, strides)?;
-        Ok(DeviceViewMut { at: self.address(), shape, strides, device: &self.device, life: PhantomData })
+        // SAFETY: the buffer's own elements, borrowed as long.
+        unsafe { ViewMut::over(self.address(), self.len, shape, strides, self.device.id()) }
     }
 
-    fn memory(&self) -> &DeviceBuffer<T> {
+    fn memory(&self) -> &Bytes {
         self.memory.as_ref().expect("there until it is dropped")
     }
 
+    fn memory_mut(&mut self) -> &mut Bytes {
+        self.memory.as_mut().expect("there until it is dropped")
+    }
+
     fn address(&self) -> *mut T {
-        self.memory().as_device_ptr().as_mut_ptr()
+        match self.memory() {
+            #[cfg(feature = "cuda")]
+            Bytes::Gpu(memory) => memory.as_device_ptr().as_mut_ptr().cast(),
+            #[cfg(feature = "cuda-host")]
+            Bytes::Executor(memory) => memory.at.cast(),
+        }
+    }
+}
+
+impl Buffer<u8> {
+    /// Its front as a packed weight.
+    pub fn weight<const R: usize>(&self, dtype: DType, shape: [usize; R]) -> Result<Weight<'_, R, Cuda>, Error> {
+        self.weight_strided(dtype, shape, packed(shape))
+    }
+
+    /// As a weight with strides in elements.
+    pub fn weight_strided<const R: usize>(
+        &self,
+        dtype: DType,
+        shape: [usize; R],
+        strides: [usize; R],
+    ) -> Result<Weight<'_, R, Cuda>, Error> {
+        // SAFETY: the buffer's own bytes, borrowed as long.
+        unsafe { Weight::over(self.address(), self.len, dtype, shape, strides, self.device.id()) }
+    }
+}
+
+impl Buffer<f32> {
+    /// Its front as a packed weight.
+    pub fn weight<const R: usize>(&self, shape: [usize; R]) -> Result<Weight<'_, R, Cuda>, Error> {
+        let (at, bytes) = (self.address().cast(), 4 * self.len);
+        // SAFETY: the buffer's own elements, borrowed as long.
+        unsafe { Weight::over(at, bytes, DType::F32, shape, packed(shape), self.device.id()) }
     }
 }
 
@@ -248,23 +525,61 @@ impl<T: Element> Drop for Buffer<T> {
     }
 }
 
-impl Device {
-    /// Indices for operators: positions, pool entries, starts of sequences.
-    pub fn indices(&self, values: &[i64]) -> Result<Indices, Error> {
-        Ok(Indices { host: values.into(), device: self.upload(values)? })
+/// What the executor has for a device's memory.
+#[cfg(feature = "cuda-host")]
+#[derive(Debug)]
+struct HostBytes {
+    at: *mut u8,
+    layout: std::alloc::Layout,
+}
+
+// SAFETY: it owns its bytes, and nobody reaches them but through its buffer.
+#[cfg(feature = "cuda-host")]
+unsafe impl Send for HostBytes {}
+// SAFETY: as above.
+#[cfg(feature = "cuda-host")]
+unsafe impl Sync for HostBytes {}
+
+#[cfg(feature = "cuda-host")]
+impl HostBytes {
+    /// Filled with NaN, as floats.
+    fn new(bytes: usize) -> Result<Self, Error> {
+        let layout = std::alloc::Layout::from_size_align(bytes.max(1), 256)
+            .map_err(|_| Error::argument("len", format!("{bytes} bytes are more than memory can hold")))?;
+        // SAFETY: the size is not 0.
+        let at = unsafe { std::alloc::alloc(layout) };
+        if at.is_null() {
+            return Err(Error::argument("len", format!("there is no memory for {bytes} bytes")));
+        }
+        // SAFETY: the allocation just made.
+        unsafe { at.write_bytes(0xff, layout.size()) };
+        Ok(HostBytes { at, layout })
     }
 }
 
-/// Indices that a device reads, with the copy that the checks of a call read: they never change.
+#[cfg(feature = "cuda-host")]
+impl Drop for HostBytes {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { std::alloc::dealloc(self.at, self.layout) }
+    }
+}
+
+/// Indices that a device reads, with the copy that the checks of a call read.
 #[derive(Debug)]
 pub struct Indices {
-    host: Box<[i64]>,
+    host: Vec<i64>,
     device: Buffer<i64>,
 }
 
 impl Indices {
-    pub(crate) fn host(&self) -> &[i64] {
-        &self.host
+    /// Replaces them, once the work queued so far is done. Allocates where these are more than ever before.
+    pub fn replace(&mut self, values: &[i64]) -> Result<(), Error> {
+        self.device.reserve(values.len())?;
+        self.device.write_at(0, values)?;
+        self.host.clear();
+        self.host.extend_from_slice(values);
+        Ok(())
     }
 
     /// Address in the device's memory.
@@ -272,72 +587,79 @@ impl Indices {
         self.device.address()
     }
 
-    pub(crate) fn device(&self) -> &Device {
-        &self.device.device
+    /// The same; NULL for `None`.
+    pub(crate) fn some(indices: Option<&Self>) -> *const i64 {
+        indices.map_or(std::ptr::null(), Indices::at)
     }
 }
 
-macro_rules! device_view {
-    ($(#[$doc:meta])* $name:ident, $pointer:ty) => {
-        $(#[$doc])*
-        #[derive(Debug)]
-        pub struct $name<'a, const R: usize, T: Element = f32> {
-            at: *mut T,
-            shape: [usize; R],
-            strides: [usize; R],
-            device: &'a Device,
-            life: PhantomData<$pointer>,
+/// Bytes before and after a copied argument that nobody may write.
+const ZONE: usize = 4096;
+const GUARD: u8 = 0xa5;
+
+/// Runs a CUDA kernel on a call whose arguments lie in the CPU's memory: they are copied to the device, and what was written
+/// is copied back. For the suites.
+///
+/// # Safety
+/// `raw` passed the operator's check and is valid on the CPU; `at` noted all its pointers.
+pub(crate) unsafe fn run_staged<O: Operator>(
+    stream: &Stream,
+    kernel: &Kernel<O::Raw>,
+    raw: &O::Raw,
+    at: &Addresses,
+) -> Result<(), Error> {
+    let mut extents = at.extents().to_vec();
+    extents.retain(|e| e.bytes > 0);
+    extents.sort_by_key(|e| e.at);
+    let mut ranges: Vec<crate::memory::Extent> = Vec::new();
+    for e in extents {
+        match ranges.last_mut() {
+            Some(last) if e.at < last.at + last.bytes => {
+                last.bytes = last.bytes.max(e.at + e.bytes - last.at);
+                last.written |= e.written;
+            }
+            _ => ranges.push(e),
         }
-
-        impl<const R: usize, T: Element> $name<'_, R, T> {
-            /// Sizes of the axes.
-            pub fn shape(&self) -> [usize; R] {
-                self.shape
-            }
-
-            /// Stride of axis `i`, as the C side takes it.
-            pub(crate) fn stride(&self, i: usize) -> i64 {
-                self.strides[i] as i64
-            }
-
-            /// Address in the device's memory: not to be read from here.
-            pub(crate) fn at(&self) -> *mut T {
-                self.at
-            }
-
-            pub(crate) fn device(&self) -> Option<&Device> {
-                Some(self.device)
-            }
-
-        }
-
-        impl<const R: usize> From<&$name<'_, R>> for Array<R> {
-            fn from(view: &$name<R>) -> Self {
-                Array { at: view.at, shape: view.shape, strides: view.strides.map(|s| s as i64) }
-            }
-        }
+    }
+    let mut copies = Vec::with_capacity(ranges.len());
+    for range in &ranges {
+        // The copy's address keeps the argument's alignment.
+        let skew = range.at % 256;
+        let mut copy = stream.device.allocate::<u8>(ZONE + skew + range.bytes + ZONE)?;
+        copy.write_at(0, &vec![GUARD; ZONE + skew])?;
+        // SAFETY: the argument's own bytes.
+        copy.write_at(ZONE + skew, unsafe { std::slice::from_raw_parts(range.at as *const u8, range.bytes) })?;
+        copy.write_at(ZONE + skew + range.bytes, &[GUARD; ZONE])?;
+        copies.push(copy);
+    }
+    let mut placed = *raw;
+    // SAFETY: args are structs of words; a pointer of the caller's is in no other field.
+    let words = unsafe {
+        std::slice::from_raw_parts_mut(
+            (&mut placed as *mut O::Raw).cast::<usize>(),
+            size_of::<O::Raw>() / size_of::<usize>(),
+        )
     };
-}
-
-device_view! {
-    /// A read-only view of `R` axes of a [`Buffer`], as [`crate::View`].
-    DeviceView, &'a Buffer<T>
-}
-device_view! {
-    /// A writable view of `R` axes of a [`Buffer`], as [`crate::ViewMut`].
-    DeviceViewMut, &'a mut Buffer<T>
-}
-
-impl<const R: usize, T: Element> DeviceView<'_, R, T> {
-    /// Error naming `arg` unless the shape is `expected`.
-    pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
-        expect(arg, self.shape, expected)
+    for word in words {
+        if let Some(i) = ranges.iter().position(|r| (r.at..r.at + r.bytes).contains(word)) {
+            *word = copies[i].address() as usize + ZONE + ranges[i].at % 256 + (*word - ranges[i].at);
+        }
     }
-}
-
-impl<const R: usize, T: Element> Clone for DeviceView<'_, R, T> {
-    fn clone(&self) -> Self {
-        *self
+    // SAFETY: checked by the caller; every pointer has been replaced by that of its copy.
+    unsafe { stream.launch::<O>(&placed, kernel) }?;
+    stream.wait()?;
+    for (range, copy) in ranges.iter().zip(&copies) {
+        let bytes = copy.download()?;
+        let start = ZONE + range.at % 256;
+        let (before, rest) = bytes.split_at(start);
+        let (own, after) = rest.split_at(range.bytes);
+        if before.iter().chain(after).any(|&byte| byte != GUARD) {
+            return Err(Error::argument("args", format!("the kernel wrote outside an array of {} bytes", range.bytes)));
+        }
+        if range.written {
+            // SAFETY: the argument's own bytes, which the call may write.
+            unsafe { std::slice::from_raw_parts_mut(range.at as *mut u8, range.bytes) }.copy_from_slice(own);
+        }
     }
+    Ok(())
 }
-impl<const R: usize, T: Element> Copy for DeviceView<'_, R, T> {}

@@ -167,6 +167,21 @@ unsafe extern "C" {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct CUstream_st {
+    _unused: [u8; 0],
+}
+pub type q3n_stream = *mut CUstream_st;
+unsafe extern "C" {
+    pub fn q3n_cuda_report() -> *const ::core::ffi::c_char;
+}
+unsafe extern "C" {
+    pub fn q3n_cuda_driver_missing() -> *const ::core::ffi::c_char;
+}
+unsafe extern "C" {
+    pub fn q3n_cuda_host_report() -> *const ::core::ffi::c_char;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct q3n_attention_args {
     pub struct_bytes: u64,
     pub o: *mut f32,
@@ -418,6 +433,58 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_attention_cuda(
+        args: *const q3n_attention_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_cuda_scratch_bytes(args: *const q3n_attention_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_cuda_host_items(args: *const q3n_attention_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_cuda_host_scratch_bytes(args: *const q3n_attention_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_cuda_host(
+        args: *const q3n_attention_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_whole_cuda(
+        args: *const q3n_attention_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_whole_cuda_scratch_bytes(
+        args: *const q3n_attention_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_whole_cuda_host_items(args: *const q3n_attention_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_whole_cuda_host_scratch_bytes(
+        args: *const q3n_attention_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_whole_cuda_host(
+        args: *const q3n_attention_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_attention_merge_args {
@@ -565,6 +632,36 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_attention_merge_cuda(
+        args: *const q3n_attention_merge_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_merge_cuda_scratch_bytes(
+        args: *const q3n_attention_merge_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_merge_cuda_host_items(
+        args: *const q3n_attention_merge_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_merge_cuda_host_scratch_bytes(
+        args: *const q3n_attention_merge_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_attention_merge_cuda_host(
+        args: *const q3n_attention_merge_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 pub const Q3N_PEAK_READ: q3n_peak_kind = 0;
 pub const Q3N_PEAK_F32: q3n_peak_kind = 1;
 pub const Q3N_PEAK_BF16: q3n_peak_kind = 2;
@@ -606,21 +703,6 @@ unsafe extern "C" {
 }
 unsafe extern "C" {
     pub fn q3n_peak_kind_name(kind: q3n_peak_kind) -> *const ::core::ffi::c_char;
-}
-#[repr(C)]
-#[derive(Debug, Copy, Clone)]
-pub struct CUstream_st {
-    _unused: [u8; 0],
-}
-pub type q3n_stream = *mut CUstream_st;
-unsafe extern "C" {
-    pub fn q3n_cuda_report() -> *const ::core::ffi::c_char;
-}
-unsafe extern "C" {
-    pub fn q3n_cuda_driver_missing() -> *const ::core::ffi::c_char;
-}
-unsafe extern "C" {
-    pub fn q3n_cuda_host_report() -> *const ::core::ffi::c_char;
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -1155,6 +1237,62 @@ unsafe extern "C" {
         scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_gated_delta_chunked_cuda(
+        args: *const q3n_gated_delta_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_chunked_cuda_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_chunked_cuda_host_items(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_chunked_cuda_host_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_chunked_cuda_host(
+        args: *const q3n_gated_delta_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda(
+        args: *const q3n_gated_delta_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_scratch_bytes(args: *const q3n_gated_delta_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_host_items(args: *const q3n_gated_delta_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_host_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_cuda_host(
+        args: *const q3n_gated_delta_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_matmul_args {
@@ -1278,6 +1416,30 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_matmul_cuda(
+        args: *const q3n_matmul_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_matmul_cuda_scratch_bytes(args: *const q3n_matmul_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_matmul_cuda_host_items(args: *const q3n_matmul_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_matmul_cuda_host_scratch_bytes(args: *const q3n_matmul_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_matmul_cuda_host(
+        args: *const q3n_matmul_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 #[repr(C)]
@@ -1534,6 +1696,30 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_moe_group_cuda(
+        args: *const q3n_moe_group_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_group_cuda_scratch_bytes(args: *const q3n_moe_group_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_group_cuda_host_items(args: *const q3n_moe_group_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_group_cuda_host_scratch_bytes(args: *const q3n_moe_group_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_group_cuda_host(
+        args: *const q3n_moe_group_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_up_args {
@@ -1691,6 +1877,30 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda(
+        args: *const q3n_moe_up_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_scratch_bytes(args: *const q3n_moe_up_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_host_items(args: *const q3n_moe_up_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_host_scratch_bytes(args: *const q3n_moe_up_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_up_cuda_host(
+        args: *const q3n_moe_up_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_moe_down_args {
@@ -1842,6 +2052,30 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda(
+        args: *const q3n_moe_down_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_scratch_bytes(args: *const q3n_moe_down_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_host_items(args: *const q3n_moe_down_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_host_scratch_bytes(args: *const q3n_moe_down_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_moe_down_cuda_host(
+        args: *const q3n_moe_down_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 pub const Q3N_NORM_RMS: q3n_norm_kind = 0;
@@ -2183,6 +2417,32 @@ unsafe extern "C" {
         scratch_bytes: i64,
     ) -> q3n_status;
 }
+unsafe extern "C" {
+    pub fn q3n_activations_cuda(
+        args: *const q3n_activations_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_activations_cuda_scratch_bytes(args: *const q3n_activations_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_activations_cuda_host_items(args: *const q3n_activations_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_activations_cuda_host_scratch_bytes(
+        args: *const q3n_activations_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_activations_cuda_host(
+        args: *const q3n_activations_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct q3n_dequantize_args {
@@ -2294,6 +2554,32 @@ unsafe extern "C" {
         end: i64,
         scratch: *mut ::core::ffi::c_void,
         scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_dequantize_cuda(
+        args: *const q3n_dequantize_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_dequantize_cuda_scratch_bytes(args: *const q3n_dequantize_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_dequantize_cuda_host_items(args: *const q3n_dequantize_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_dequantize_cuda_host_scratch_bytes(
+        args: *const q3n_dequantize_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_dequantize_cuda_host(
+        args: *const q3n_dequantize_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
     ) -> q3n_status;
 }
 #[repr(C)]

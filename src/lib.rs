@@ -48,12 +48,13 @@ pub mod ffi;
 pub mod activations;
 pub mod attention;
 pub mod causal_conv;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
 pub mod device;
 pub mod dtype;
 pub mod gated_delta;
 pub mod isa;
 pub mod matmul;
+pub mod memory;
 pub mod moe;
 pub mod norm;
 pub mod operator;
@@ -67,6 +68,7 @@ mod weight;
 
 pub use dtype::DType;
 pub use isa::Isa;
+pub use memory::{Cpu, Memory};
 pub use operator::{Exec, Operator, Variant};
 pub use status::Error;
 pub use view::{View, ViewMut};

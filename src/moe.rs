@@ -29,19 +29,34 @@
 //! ```
 
 use crate::activations::{self, Rows, Q8};
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::device::{Cuda, Device, Stream};
+use crate::memory::{Cpu, Memory};
 use crate::{DType, Error, Exec, View, ViewMut, Weight};
 
 /// Which tokens go to which experts, with which weights. Made only by the router or from checked ids, so the
 /// grouping in it is always valid.
-#[derive(Debug, Clone)]
-pub struct Routing {
+#[derive(Debug)]
+pub struct Routing<M: Memory = Cpu> {
     tokens: usize,
     experts: usize,
     top_k: usize,
-    ids: Vec<i32>,
-    weights: Option<Vec<f32>>,
-    order: Vec<i64>,
-    offsets: Vec<i64>,
+    ids: M::Vec<i32>,
+    weights: Option<M::Vec<f32>>,
+    order: M::Vec<i64>,
+    offsets: M::Vec<i64>,
+}
+
+impl Clone for Routing {
+    fn clone(&self) -> Self {
+        Routing {
+            ids: self.ids.clone(),
+            weights: self.weights.clone(),
+            order: self.order.clone(),
+            offsets: self.offsets.clone(),
+            ..*self
+        }
+    }
 }
 
 impl Default for Routing {
@@ -152,21 +167,6 @@ impl Routing {
         grouped
     }
 
-    /// Number of tokens.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    /// Number of experts.
-    pub fn experts(&self) -> usize {
-        self.experts
-    }
-
-    /// Choices a token.
-    pub fn top_k(&self) -> usize {
-        self.top_k
-    }
-
     /// Chosen experts, `[T][top_k]`.
     pub fn ids(&self) -> &[i32] {
         &self.ids
@@ -188,6 +188,113 @@ impl Routing {
     }
 }
 
+impl<M: Memory> Routing<M> {
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Number of experts.
+    pub fn experts(&self) -> usize {
+        self.experts
+    }
+
+    /// Choices a token.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+impl Routing<Cuda> {
+    /// No tokens, no experts.
+    pub fn on(device: &Device) -> Result<Self, Error> {
+        Ok(Routing {
+            tokens: 0,
+            experts: 0,
+            top_k: 0,
+            ids: device.zeros(0)?,
+            weights: None,
+            order: device.zeros(0)?,
+            offsets: device.upload(&[0])?,
+        })
+    }
+
+    /// A routing made on the CPU.
+    pub fn upload(device: &Device, routing: &Routing) -> Result<Self, Error> {
+        Ok(Routing {
+            tokens: routing.tokens,
+            experts: routing.experts,
+            top_k: routing.top_k,
+            ids: device.upload(&routing.ids)?,
+            weights: routing.weights.as_ref().map(|w| device.upload(w)).transpose()?,
+            order: device.upload(&routing.order)?,
+            offsets: device.upload(&routing.offsets)?,
+        })
+    }
+
+    /// Replaces the contents as [`Routing::route`] would: queues router and grouping. Allocates where these are more
+    /// pairs than ever before. A token with a NaN logit and the later ones have no experts, which `bad_token` tells: one
+    /// value, lowered to the first such token.
+    pub fn queue_route(
+        &mut self,
+        logits: View<2, f32, Cuda>,
+        top_k: usize,
+        normalize: bool,
+        bad_token: ViewMut<1, i64, Cuda>,
+        stream: &Stream,
+    ) -> Result<(), Error> {
+        let [tokens, experts] = logits.shape();
+        if top_k == 0 || top_k > experts || experts > MAX_EXPERTS {
+            return Err(Error::argument("top_k", format!("{top_k} of {experts} experts, at most {MAX_EXPERTS}")));
+        }
+        let pairs = pairs(tokens, top_k)?;
+        (self.tokens, self.experts, self.top_k) = (0, 0, 0);
+        if self.weights.is_none() {
+            self.weights = Some(stream.device().zeros(0)?);
+        }
+        let weights = self.weights.as_mut().expect("made just above");
+        weights.reserve(pairs)?;
+        self.ids.reserve(pairs)?;
+        self.order.reserve(pairs)?;
+        self.offsets.reserve(experts + 1)?;
+        let route = route::CudaArgs {
+            ids: self.ids.view_mut([tokens, top_k])?,
+            weights: weights.view_mut([tokens, top_k])?,
+            bad_token,
+            logits,
+            normalize,
+        };
+        route::queue(route, stream)?;
+        let group = group::CudaArgs {
+            order: self.order.view_mut([pairs])?,
+            offsets: self.offsets.view_mut([experts + 1])?,
+            ids: self.ids.view([tokens, top_k])?,
+        };
+        group::queue(group, stream)?;
+        (self.tokens, self.experts, self.top_k) = (tokens, experts, top_k);
+        Ok(())
+    }
+
+    /// As [`Routing::dense_again`]: every token to the only expert. The weights, `[tokens]`, are for the caller to fill.
+    pub fn dense_on(&mut self, tokens: usize, device: &Device) -> Result<ViewMut<'_, 1, f32, Cuda>, Error> {
+        if [self.tokens, self.experts, self.top_k] != [tokens, 1, 1] {
+            *self = Routing::upload(device, &Routing::dense(tokens, Some(vec![1.0; tokens]))?)?;
+        }
+        self.weights.get_or_insert(device.upload(&vec![1.0; tokens])?).view_mut([tokens])
+    }
+
+    /// Chosen experts, `[T][top_k]`.
+    pub fn ids(&self) -> &crate::device::Buffer<i32> {
+        &self.ids
+    }
+
+    /// Their weights, `[T][top_k]`; `None`: all 1.
+    pub fn weights(&self) -> Option<&crate::device::Buffer<f32>> {
+        self.weights.as_ref()
+    }
+}
+
 /// As the C side has it.
 const MAX_EXPERTS: usize = 65536;
 
@@ -200,31 +307,51 @@ fn pairs(tokens: usize, top_k: usize) -> Result<usize, Error> {
 }
 
 /// Arguments of [`run`].
-pub struct Args<'a> {
+pub struct Args<'a, M: Memory = Cpu> {
     /// Output, `[T][D]`.
-    pub y: ViewMut<'a, 2>,
+    pub y: ViewMut<'a, 2, f32, M>,
     /// Activations, `[T][D]`, f32 or quantised for gate and up. The hidden activations follow them: f32, or quantised
     /// for down.
-    pub x: Rows<'a>,
+    pub x: Rows<'a, M>,
     /// Gate projections, `[E][F][D]`; a merged tensor is cut by [`Weight::split_gate_up`].
-    pub gate: Weight<'a, 3>,
+    pub gate: Weight<'a, 3, M>,
     /// Up projections, `[E][F][D]`.
-    pub up: Weight<'a, 3>,
+    pub up: Weight<'a, 3, M>,
     /// Down projections, `[E][D][F]`.
-    pub down: Weight<'a, 3>,
+    pub down: Weight<'a, 3, M>,
     /// Who goes where.
-    pub routing: &'a Routing,
+    pub routing: &'a Routing<M>,
     /// Add to y instead of overwriting it.
     pub accumulate: bool,
     /// Working memory, which a warm call does not allocate anew. Contents are free.
-    pub h: &'a mut Hidden,
+    pub h: &'a mut Hidden<M>,
 }
 
 /// Hidden activations of all pairs, `[T * top_k][F]`: f32 from up, quantised for down where x was.
-#[derive(Debug, Clone, Default)]
-pub struct Hidden {
-    floats: Vec<f32>,
-    quantized: Q8,
+#[derive(Debug)]
+pub struct Hidden<M: Memory = Cpu> {
+    floats: M::Vec<f32>,
+    quantized: Q8<M>,
+}
+
+impl Clone for Hidden {
+    fn clone(&self) -> Self {
+        Hidden { floats: self.floats.clone(), quantized: self.quantized.clone() }
+    }
+}
+
+impl Default for Hidden {
+    fn default() -> Self {
+        Hidden { floats: Vec::new(), quantized: Q8::default() }
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+impl Hidden<Cuda> {
+    /// None yet.
+    pub fn on(device: &Device) -> Result<Self, Error> {
+        Ok(Hidden { floats: device.zeros(0)?, quantized: Q8::on(device)? })
+    }
 }
 
 /// How [`run`] runs its steps.
@@ -242,18 +369,13 @@ pub struct Execs {
 /// then [`down::run`]. A token's result does not depend on the others in the batch, bit for bit. Errors: shapes that
 /// do not fit together, overlapping output strides.
 pub fn run(args: Args, execs: &Execs) -> Result<(), Error> {
+    let shape @ [pairs, f] = hidden(&args)?;
     let Args { y, x, gate, up, down, routing, accumulate, h } = args;
-    let [_, f, _] = gate.shape();
-    let pairs = routing.ids.len();
-    let len = pairs.checked_mul(f).ok_or_else(|| Error::argument("gate", format!("F = {f} is too large")))?;
-    // Shapes are checked before memory is taken for them.
-    down.expect("down", [routing.experts, y.shape()[1], f])?;
-    gate.expect("gate", [routing.experts, f, x.shape()[1]])?;
-    if h.floats.len() < len {
-        h.floats.resize(len, 0.0);
+    if h.floats.len() < pairs * f {
+        h.floats.resize(pairs * f, 0.0);
     }
-    up::run(up::Args { h: &mut h.floats[..len], x, gate, up, routing }, &execs.up)?;
-    let hidden = View::new(&h.floats[..len], [pairs, f])?;
+    up::run(up::Args { h: ViewMut::new(&mut h.floats, shape)?, x, gate, up, routing }, &execs.up)?;
+    let hidden = View::new(&h.floats, shape)?;
     let suits = down.dtype().activations();
     let hidden = if x.dtype() == DType::F32 || suits == DType::F32 {
         hidden.into()
@@ -264,10 +386,41 @@ pub fn run(args: Args, execs: &Execs) -> Result<(), Error> {
     down::run(down::Args { y, h: hidden, down, routing, accumulate }, &execs.down)
 }
 
+/// As [`run`], on a device: queues it. Allocates where these are more hidden activations than ever before.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+pub fn queue(args: Args<Cuda>, stream: &Stream) -> Result<(), Error> {
+    let shape @ [pairs, f] = hidden(&args)?;
+    let Args { y, x, gate, up, down, routing, accumulate, h } = args;
+    h.floats.reserve(pairs * f)?;
+    up::queue(up::Args { h: h.floats.view_mut(shape)?, x, gate, up, routing }, stream)?;
+    let hidden = h.floats.view(shape)?;
+    let suits = down.dtype().activations();
+    let hidden = if x.dtype() == DType::F32 || suits == DType::F32 {
+        hidden.into()
+    } else {
+        h.quantized.queue(suits, hidden, stream)?;
+        (&h.quantized).into()
+    };
+    down::queue(down::Args { y, h: hidden, down, routing, accumulate }, stream)
+}
+
+/// Pairs and F of the hidden activations: shapes are checked before memory is taken for them.
+fn hidden<M: Memory>(args: &Args<M>) -> Result<[usize; 2], Error> {
+    let Routing { tokens, experts, top_k, .. } = *args.routing;
+    let ([_, f, _], pairs) = (args.gate.shape(), tokens * top_k);
+    args.down.expect("down", [experts, args.y.shape()[1], f])?;
+    args.gate.expect("gate", [experts, f, args.x.shape()[1]])?;
+    match pairs.checked_mul(f) {
+        Some(_) => Ok([pairs, f]),
+        None => Err(Error::argument("gate", format!("F = {f} is too large"))),
+    }
+}
+
 /// Router logits to experts and weights.
 pub mod route {
+    use crate::memory::Addresses;
     use crate::operator::{operator, Exec};
-    use crate::{ffi, Error, View};
+    use crate::{ffi, Error, View, ViewMut};
 
     operator!(
         "moe_route",
@@ -275,7 +428,15 @@ pub mod route {
         q3n_moe_route_check,
         q3n_moe_route_variant_count,
         q3n_moe_route_variant_at,
-        q3n_moe_route_best
+        q3n_moe_route_best,
+        [
+            "cuda",
+            q3n_moe_route_cuda,
+            q3n_moe_route_cuda_scratch_bytes,
+            q3n_moe_route_cuda_host_items,
+            q3n_moe_route_cuda_host,
+            q3n_moe_route_cuda_host_scratch_bytes
+        ]
     );
 
     /// Arguments of [`run`].
@@ -302,13 +463,14 @@ pub mod route {
                 return Err(Error::Shape { arg, got: vec![len], expected: vec![tokens, args.top_k] });
             }
         }
-        let mut bad_token = i64::MAX;
+        let mut bad_token = [i64::MAX];
+        let mut at = Addresses::new();
         let raw = ffi::q3n_moe_route_args {
             struct_bytes: size_of::<ffi::q3n_moe_route_args>() as u64,
-            ids: args.ids.as_mut_ptr(),
-            weights: args.weights.as_mut_ptr(),
-            bad_token: &mut bad_token,
-            logits: args.logits.as_ptr(),
+            ids: at.write(&mut ViewMut::new(args.ids, [pairs])?),
+            weights: at.write(&mut ViewMut::new(args.weights, [pairs])?),
+            bad_token: at.write(&mut ViewMut::new(&mut bad_token, [1])?),
+            logits: at.read(&args.logits),
             normalize: args.normalize.into(),
             logits_t: args.logits.stride(0),
             T: tokens as i64,
@@ -317,18 +479,62 @@ pub mod route {
         };
         // SAFETY: the outputs hold T * top_k values, the logits' view lies inside its slice; bad_token outlives the
         // call and is written atomically.
-        let result = unsafe { exec.execute(&raw, tokens.saturating_mul(experts).saturating_mul(16)) };
-        match usize::try_from(bad_token) {
+        let result = unsafe { exec.execute(&raw, &at, tokens.saturating_mul(experts).saturating_mul(16)) };
+        match usize::try_from(bad_token[0]) {
             Ok(token) if token < tokens => Err(Error::Nan { operator: "moe_route", arg: "logits", token }),
             _ => result,
         }
+    }
+
+    /// Arguments of [`queue`].
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub struct CudaArgs<'a> {
+        /// Output, `[T][top_k]`: chosen experts, largest first.
+        pub ids: crate::device::DeviceViewMut<'a, 2, i32>,
+        /// Output, `[T][top_k]`: their weights.
+        pub weights: crate::device::DeviceViewMut<'a, 2>,
+        /// In and output: the smaller of its value and the lowest token that has a NaN logit.
+        pub bad_token: crate::device::DeviceViewMut<'a, 1, i64>,
+        /// Router logits, `[T][E]`.
+        pub logits: crate::device::DeviceView<'a, 2>,
+        /// Divide the weights by their sum.
+        pub normalize: bool,
+    }
+
+    /// As [`run`], on a device: queues it. A NaN is no error here: `bad_token` tells of it.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn queue(mut args: CudaArgs, stream: &crate::device::Stream) -> Result<(), Error> {
+        let [tokens, experts] = args.logits.shape();
+        let [_, top_k] = args.ids.shape();
+        args.ids.expect("ids", [tokens, top_k])?;
+        args.weights.expect("weights", [tokens, top_k])?;
+        args.bad_token.expect("bad_token", [1])?;
+        if !args.ids.packed() || !args.weights.packed() {
+            return Err(Error::argument("ids", "or weights have gaps, expected packed rows"));
+        }
+        let mut at = Addresses::new();
+        let raw = ffi::q3n_moe_route_args {
+            struct_bytes: size_of::<ffi::q3n_moe_route_args>() as u64,
+            ids: at.write(&mut args.ids),
+            weights: at.write(&mut args.weights),
+            bad_token: at.write(&mut args.bad_token),
+            logits: at.read(&args.logits),
+            normalize: args.normalize.into(),
+            logits_t: args.logits.stride(0),
+            T: tokens as i64,
+            E: experts as i64,
+            top_k: top_k as i64,
+        };
+        // SAFETY: every view lies inside its buffer and has the shape just compared.
+        unsafe { stream.queue::<Op>(raw, &at, |_| ()) }
     }
 }
 
 /// Pairs of token and choice, sorted by expert.
 pub mod group {
+    use crate::memory::Addresses;
     use crate::operator::{operator, Exec};
-    use crate::{ffi, Error};
+    use crate::{ffi, Error, ViewMut};
 
     operator!(
         "moe_group",
@@ -336,7 +542,15 @@ pub mod group {
         q3n_moe_group_check,
         q3n_moe_group_variant_count,
         q3n_moe_group_variant_at,
-        q3n_moe_group_best
+        q3n_moe_group_best,
+        [
+            "cuda",
+            q3n_moe_group_cuda,
+            q3n_moe_group_cuda_scratch_bytes,
+            q3n_moe_group_cuda_host_items,
+            q3n_moe_group_cuda_host,
+            q3n_moe_group_cuda_host_scratch_bytes
+        ]
     );
 
     /// Arguments of [`run`].
@@ -363,17 +577,56 @@ pub mod group {
         if args.offsets.is_empty() {
             return Err(Error::argument("offsets", "is empty, expected E + 1 values"));
         }
+        let ends = args.offsets.len();
+        let mut at = Addresses::new();
         let raw = ffi::q3n_moe_group_args {
             struct_bytes: size_of::<ffi::q3n_moe_group_args>() as u64,
-            order: args.order.as_mut_ptr(),
-            offsets: args.offsets.as_mut_ptr(),
-            ids: args.ids.as_ptr(),
+            order: at.write(&mut ViewMut::new(args.order, [pairs])?),
+            offsets: at.write(&mut ViewMut::new(args.offsets, [ends])?),
+            ids: at.read(&args.ids.into()),
             T: (pairs / top_k) as i64,
-            E: (args.offsets.len() - 1) as i64,
+            E: (ends - 1) as i64,
             top_k: top_k as i64,
         };
         // SAFETY: the lengths were just compared with the sizes; ids are checked by the kernel before it writes.
-        unsafe { exec.execute(&raw, 0) }
+        unsafe { exec.execute(&raw, &at, 0) }
+    }
+
+    /// Arguments of [`queue`].
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub struct CudaArgs<'a> {
+        /// Output, `[T * top_k]`: the pairs `t * top_k + choice` by expert.
+        pub order: crate::device::DeviceViewMut<'a, 1, i64>,
+        /// Output, `[E + 1]`: where each expert's pairs start.
+        pub offsets: crate::device::DeviceViewMut<'a, 1, i64>,
+        /// Chosen experts, `[T][top_k]`, packed.
+        pub ids: crate::device::DeviceView<'a, 2, i32>,
+    }
+
+    /// As [`run`], on a device: queues it. An id outside 0..E is no error here: its pair belongs to no expert.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn queue(mut args: CudaArgs, stream: &crate::device::Stream) -> Result<(), Error> {
+        let [tokens, top_k] = args.ids.shape();
+        let [ends] = args.offsets.shape();
+        args.order.expect("order", [tokens.saturating_mul(top_k)])?;
+        if ends == 0 {
+            return Err(Error::argument("offsets", "is empty, expected E + 1 values"));
+        }
+        if !args.ids.packed() {
+            return Err(Error::argument("ids", "has gaps, expected packed rows"));
+        }
+        let mut at = Addresses::new();
+        let raw = ffi::q3n_moe_group_args {
+            struct_bytes: size_of::<ffi::q3n_moe_group_args>() as u64,
+            order: at.write(&mut args.order),
+            offsets: at.write(&mut args.offsets),
+            ids: at.read(&args.ids),
+            T: tokens as i64,
+            E: (ends - 1) as i64,
+            top_k: top_k as i64,
+        };
+        // SAFETY: every view lies inside its buffer and has the shape just compared.
+        unsafe { stream.queue::<Op>(raw, &at, |_| ()) }
     }
 }
 
@@ -381,8 +634,9 @@ pub mod group {
 pub mod up {
     use super::Routing;
     use crate::activations::Rows;
+    use crate::memory::{Addresses, Cpu, Memory};
     use crate::operator::{operator, Exec};
-    use crate::{ffi, Error, Weight};
+    use crate::{ffi, Error, ViewMut, Weight};
 
     operator!(
         "moe_up",
@@ -390,41 +644,69 @@ pub mod up {
         q3n_moe_up_check,
         q3n_moe_up_variant_count,
         q3n_moe_up_variant_at,
-        q3n_moe_up_best
+        q3n_moe_up_best,
+        [
+            "cuda",
+            q3n_moe_up_cuda,
+            q3n_moe_up_cuda_scratch_bytes,
+            q3n_moe_up_cuda_host_items,
+            q3n_moe_up_cuda_host,
+            q3n_moe_up_cuda_host_scratch_bytes
+        ]
     );
 
     /// Arguments of [`run`].
-    pub struct Args<'a> {
-        /// Output, `[T * top_k][F]`.
-        pub h: &'a mut [f32],
+    pub struct Args<'a, M: Memory = Cpu> {
+        /// Output, `[T * top_k][F]`, packed.
+        pub h: ViewMut<'a, 2, f32, M>,
         /// Activations, `[T][D]`, f32 or quantised for gate and up.
-        pub x: Rows<'a>,
+        pub x: Rows<'a, M>,
         /// Gate projections, `[E][F][D]`.
-        pub gate: Weight<'a, 3>,
+        pub gate: Weight<'a, 3, M>,
         /// Up projections, `[E][F][D]`.
-        pub up: Weight<'a, 3>,
+        pub up: Weight<'a, 3, M>,
         /// Who goes where.
-        pub routing: &'a Routing,
+        pub routing: &'a Routing<M>,
     }
 
     /// h = silu(Wgate x) · Wup x for every pair of token and expert. Errors: shapes that do not fit together.
-    pub fn run(args: Args, exec: &Exec<Op>) -> Result<(), Error> {
+    pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
+        let (pairs, [experts, f, d]) = (args.routing.ids.len(), args.gate.shape());
+        let cost = (2 * pairs + 4 * pairs.min(experts)).saturating_mul(f).saturating_mul(d.saturating_mul(2));
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: every view lies inside its slice and has the shape that `raw` compared; a Routing's order and offsets
+        // hold pairs and experts below its sizes.
+        unsafe { exec.execute(&raw, &at, cost) }
+    }
+
+    /// As [`run`], on a device: queues it.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn queue(mut args: Args<crate::device::Cuda>, stream: &crate::device::Stream) -> Result<(), Error> {
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: as in `run`, with buffers for slices.
+        unsafe { stream.queue::<Op>(raw, &at, |_| ()) }
+    }
+
+    /// The C args, shapes compared, and where they lie.
+    fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_moe_up_args, Addresses<M>), Error> {
         let Routing { tokens, experts, top_k, .. } = *args.routing;
-        let (pairs, [_, f, d]) = (tokens * top_k, args.gate.shape());
+        let [_, f, d] = args.gate.shape();
         args.x.expect("x", [tokens, d])?;
         args.gate.expect("gate", [experts, f, d])?;
         args.up.expect("up", [experts, f, d])?;
-        if Some(args.h.len()) != pairs.checked_mul(f) {
-            return Err(Error::Shape { arg: "h", got: vec![args.h.len()], expected: vec![pairs, f] });
+        args.h.expect("h", [tokens * top_k, f])?;
+        if !args.h.packed() {
+            return Err(Error::argument("h", "has gaps between its rows"));
         }
+        let mut at = Addresses::new();
         let raw = ffi::q3n_moe_up_args {
             struct_bytes: size_of::<ffi::q3n_moe_up_args>() as u64,
-            h: args.h.as_mut_ptr(),
-            x: args.x.as_ptr(),
-            gate: args.gate.as_ptr(),
-            up: args.up.as_ptr(),
-            order: args.routing.order.as_ptr(),
-            offsets: args.routing.offsets.as_ptr(),
+            h: at.write(&mut args.h),
+            x: args.x.read(&mut at),
+            gate: at.weight(&args.gate),
+            up: at.weight(&args.up),
+            order: at.read(&M::whole(&args.routing.order)),
+            offsets: at.read(&M::whole(&args.routing.offsets)),
             gate_dtype: args.gate.dtype().0,
             up_dtype: args.up.dtype().0,
             x_dtype: args.x.dtype().0,
@@ -439,10 +721,7 @@ pub mod up {
             D: d as i64,
             F: f as i64,
         };
-        let cost = (2 * pairs + 4 * pairs.min(experts)).saturating_mul(f).saturating_mul(d.saturating_mul(2));
-        // SAFETY: every view lies inside its slice and has the shape just compared; a Routing's order and offsets hold
-        // pairs and experts below its sizes.
-        unsafe { exec.execute(&raw, cost) }
+        Ok((raw, at))
     }
 }
 
@@ -450,6 +729,7 @@ pub mod up {
 pub mod down {
     use super::Routing;
     use crate::activations::Rows;
+    use crate::memory::{Addresses, Cpu, Memory};
     use crate::operator::{operator, Exec};
     use crate::{ffi, Error, ViewMut, Weight};
 
@@ -459,19 +739,27 @@ pub mod down {
         q3n_moe_down_check,
         q3n_moe_down_variant_count,
         q3n_moe_down_variant_at,
-        q3n_moe_down_best
+        q3n_moe_down_best,
+        [
+            "cuda",
+            q3n_moe_down_cuda,
+            q3n_moe_down_cuda_scratch_bytes,
+            q3n_moe_down_cuda_host_items,
+            q3n_moe_down_cuda_host,
+            q3n_moe_down_cuda_host_scratch_bytes
+        ]
     );
 
     /// Arguments of [`run`].
-    pub struct Args<'a> {
+    pub struct Args<'a, M: Memory = Cpu> {
         /// Output, `[T][D]`.
-        pub y: ViewMut<'a, 2>,
+        pub y: ViewMut<'a, 2, f32, M>,
         /// Hidden activations, `[T * top_k][F]`, packed; f32 or quantised for down.
-        pub h: Rows<'a>,
+        pub h: Rows<'a, M>,
         /// Down projections, `[E][D][F]`.
-        pub down: Weight<'a, 3>,
+        pub down: Weight<'a, 3, M>,
         /// Who goes where.
-        pub routing: &'a Routing,
+        pub routing: &'a Routing<M>,
         /// Add to y instead of overwriting it.
         pub accumulate: bool,
     }
@@ -479,6 +767,24 @@ pub mod down {
     /// y_t = \[y_t +\] Σ weight · Wdown h over the token's choices, in their order. Errors: shapes that do not fit
     /// together, overlapping output strides.
     pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
+        let (pairs, [experts, d, f]) = (args.routing.ids.len(), args.down.shape());
+        let cost = (pairs + 2 * pairs.min(experts)).saturating_mul(d).saturating_mul(f.saturating_mul(2));
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: every view lies inside its slice and has the shape that `raw` compared; a Routing's order and offsets
+        // hold pairs and experts below its sizes.
+        unsafe { exec.execute(&raw, &at, cost) }
+    }
+
+    /// As [`run`], on a device: queues it.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn queue(mut args: Args<crate::device::Cuda>, stream: &crate::device::Stream) -> Result<(), Error> {
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: as in `run`, with buffers for slices.
+        unsafe { stream.queue::<Op>(raw, &at, |_| ()) }
+    }
+
+    /// The C args, shapes compared, and where they lie.
+    fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_moe_down_args, Addresses<M>), Error> {
         let Routing { tokens, experts, top_k, .. } = *args.routing;
         let (pairs, [_, d, f]) = (tokens * top_k, args.down.shape());
         args.y.expect("y", [tokens, d])?;
@@ -487,14 +793,15 @@ pub mod down {
         if pairs > 1 && f > 0 && args.h.stride() != f as i64 {
             return Err(Error::argument("h", "has gaps between its rows"));
         }
+        let mut at = Addresses::new();
         let raw = ffi::q3n_moe_down_args {
             struct_bytes: size_of::<ffi::q3n_moe_down_args>() as u64,
-            y: args.y.as_mut_ptr(),
-            h: args.h.as_ptr(),
-            weights: args.routing.weights().map_or(std::ptr::null(), <[f32]>::as_ptr),
-            down: args.down.as_ptr(),
-            order: args.routing.order.as_ptr(),
-            offsets: args.routing.offsets.as_ptr(),
+            y: at.write(&mut args.y),
+            h: args.h.read(&mut at),
+            weights: args.routing.weights.as_ref().map_or(std::ptr::null(), |w| at.read(&M::whole(w))),
+            down: at.weight(&args.down),
+            order: at.read(&M::whole(&args.routing.order)),
+            offsets: at.read(&M::whole(&args.routing.offsets)),
             dtype: args.down.dtype().0,
             h_dtype: args.h.dtype().0,
             accumulate: args.accumulate.into(),
@@ -507,9 +814,6 @@ pub mod down {
             D: d as i64,
             F: f as i64,
         };
-        let cost = (pairs + 2 * pairs.min(experts)).saturating_mul(d).saturating_mul(f.saturating_mul(2));
-        // SAFETY: every view lies inside its slice and has the shape just compared; a Routing's order and offsets hold
-        // pairs and experts below its sizes.
-        unsafe { exec.execute(&raw, cost) }
+        Ok((raw, at))
     }
 }

@@ -1,6 +1,7 @@
 //! What all operators share: variants, and how a call is cut over threads.
 
 use crate::isa::Isa;
+use crate::memory::Addresses;
 use crate::status::{check, Error};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -11,7 +12,11 @@ pub trait Operator: Sized + 'static {
     /// Name of the operator, as its folder in `csrc/`.
     const NAME: &'static str;
     /// The C args struct.
-    type Raw: 'static;
+    type Raw: Copy + 'static;
+
+    /// CUDA kernels, the one that `queue` takes first; none where they are not built in.
+    #[doc(hidden)]
+    const KERNELS: &'static [Kernel<Self::Raw>];
 
     /// Every variant built into the library, in the order of the `.inc` list, available on this CPU or not.
     fn variants() -> Vec<Variant<Self>>;
@@ -25,6 +30,31 @@ pub trait Operator: Sized + 'static {
     fn check(raw: &Self::Raw) -> i32;
 }
 
+/// A CUDA kernel, as `Q3N_DECLARE_CUDA` declares it: its launcher for GPUs, the variant that the host executor runs, and
+/// their bytes of scratch. `None` where it is not built in.
+#[doc(hidden)]
+#[allow(missing_docs)]
+pub struct Kernel<Raw: 'static> {
+    pub name: &'static str,
+    pub gpu: Option<Launcher<Raw>>,
+    pub executor: Option<Executed<Raw>>,
+}
+
+/// Launcher and bytes of scratch.
+#[doc(hidden)]
+pub type Launcher<Raw> = (
+    unsafe extern "C" fn(*const Raw, *mut std::ffi::c_void, crate::ffi::q3n_stream) -> i32,
+    unsafe extern "C" fn(*const Raw) -> i64,
+);
+
+/// Items, run and bytes of scratch.
+#[doc(hidden)]
+pub type Executed<Raw> = (
+    unsafe extern "C" fn(*const Raw) -> i64,
+    unsafe extern "C" fn(*const Raw, i64, i64, *mut std::ffi::c_void) -> i32,
+    unsafe extern "C" fn(*const Raw) -> i64,
+);
+
 /// One implementation of an operator. The functions take args that passed the operator's check.
 pub struct Variant<O: Operator> {
     name: &'static str,
@@ -32,6 +62,9 @@ pub struct Variant<O: Operator> {
     items: unsafe extern "C" fn(*const O::Raw) -> i64,
     scratch_bytes: unsafe extern "C" fn(*const O::Raw) -> i64,
     run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
+    /// Where its kernel runs instead.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    staged: Option<(&'static crate::device::Device, &'static Kernel<O::Raw>)>,
 }
 
 impl<O: Operator> Clone for Variant<O> {
@@ -55,7 +88,38 @@ impl<O: Operator> Variant<O> {
         scratch_bytes: unsafe extern "C" fn(*const O::Raw) -> i64,
         run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
     ) -> Self {
-        Variant { name, isa, items, scratch_bytes, run }
+        Variant {
+            name,
+            isa,
+            items,
+            scratch_bytes,
+            run,
+            #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+            staged: None,
+        }
+    }
+
+    /// The operator's CUDA kernels on that device, for the suites: every call copies its arguments there and back.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn staged(device: &'static crate::device::Device) -> Vec<Self> {
+        unsafe extern "C" fn one<Raw>(_: *const Raw) -> i64 {
+            1
+        }
+        unsafe extern "C" fn none<Raw>(_: *const Raw) -> i64 {
+            0
+        }
+        unsafe extern "C" fn nothing<Raw>(_: *const Raw, _: i64, _: i64, _: *mut std::ffi::c_void) -> i32 {
+            crate::ffi::Q3N_DEVICE as i32
+        }
+        let of = |kernel: &'static Kernel<O::Raw>| Variant {
+            name: kernel.name,
+            isa: Isa::SCALAR,
+            items: one::<O::Raw>,
+            scratch_bytes: none::<O::Raw>,
+            run: nothing::<O::Raw>,
+            staged: Some((device, kernel)),
+        };
+        O::KERNELS.iter().map(of).collect()
     }
 
     /// Name of the variant within its operator, e.g. `recurrent_scalar`.
@@ -115,14 +179,22 @@ impl<O: Operator> Exec<O> {
     /// the whole call: it only decides how many parts are worth a fork.
     ///
     /// # Safety
-    /// Every pointer in `raw` must be valid for what the operator's header says of it, for this call.
-    pub(crate) unsafe fn execute(&self, raw: &O::Raw, cost: usize) -> Result<(), Error> {
+    /// Every pointer in `raw` must be valid for what the operator's header says of it, for this call; `at` noted those of
+    /// operators with CUDA kernels.
+    pub(crate) unsafe fn execute(&self, raw: &O::Raw, at: &Addresses, cost: usize) -> Result<(), Error> {
         check(O::NAME, O::check(raw))?;
         let variant = self.variant.unwrap_or_else(|| O::best(raw));
         if !variant.isa.available() {
             let why = format!("{} needs {}, which this CPU or the ISA mask does not offer", variant.name, variant.isa);
             return Err(Error::argument("variant", why));
         }
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        if let Some((device, kernel)) = variant.staged {
+            // SAFETY: `raw` passed the operator's check just above, and `at` noted its pointers.
+            return unsafe { crate::device::run_staged::<O>(&device.stream()?, kernel, raw, at) };
+        }
+        #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
+        let _ = at;
         // SAFETY: `raw` passed the operator's check just above.
         let (items, bytes) = unsafe { ((variant.items)(raw), (variant.scratch_bytes)(raw)) };
         let (items, bytes) = (items.max(0) as usize, bytes.max(0) as usize);
@@ -232,13 +304,26 @@ fn with_guarded_scratch<R>(bytes: usize, f: impl FnOnce(*mut std::ffi::c_void) -
 
 /// Implements [`Operator`] for `Op` over the functions that Q3N_DECLARE_OPERATOR declares for an operator.
 macro_rules! operator {
-    ($name:literal, $args:ident, $check:ident, $count:ident, $at:ident, $best:ident) => {
+    ($name:literal, $args:ident, $check:ident, $count:ident, $at:ident, $best:ident
+     $(, [$kernel:literal, $gpu:ident, $gpu_scratch:ident, $items:ident, $host:ident, $host_scratch:ident])* $(,)?) => {
         #[doc = concat!("Marker of the operator `", $name, "`.")]
         pub struct Op;
 
         impl crate::operator::Operator for Op {
             const NAME: &'static str = $name;
             type Raw = crate::ffi::$args;
+
+            const KERNELS: &'static [crate::operator::Kernel<Self::Raw>] = &[$(crate::operator::Kernel {
+                name: $kernel,
+                #[cfg(feature = "cuda")]
+                gpu: Some((crate::ffi::$gpu, crate::ffi::$gpu_scratch)),
+                #[cfg(not(feature = "cuda"))]
+                gpu: None,
+                #[cfg(feature = "cuda-host")]
+                executor: Some((crate::ffi::$items, crate::ffi::$host, crate::ffi::$host_scratch)),
+                #[cfg(not(feature = "cuda-host"))]
+                executor: None,
+            }),*];
 
             fn variants() -> Vec<crate::operator::Variant<Self>> {
                 // SAFETY: _variant_at is asked only for indices below the count.
@@ -273,3 +358,13 @@ macro_rules! from_table {
     }};
 }
 pub(crate) use from_table;
+
+/// How many sequences a call has: the rows, or what `cu_seqlens` says of the one packed row.
+pub(crate) fn sequences(rows: usize, cu_seqlens: Option<&[i64]>) -> Result<usize, Error> {
+    match cu_seqlens {
+        None => Ok(rows),
+        Some([]) => Err(Error::argument("cu_seqlens", "is empty, expected B + 1 elements")),
+        Some(_) if rows != 1 => Err(Error::argument("cu_seqlens", format!("packs one row, but B is {rows}"))),
+        Some(cu) => Ok(cu.len() - 1),
+    }
+}

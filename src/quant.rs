@@ -4,6 +4,7 @@ use crate::{DType, Error, Exec, View, ViewMut, Weight};
 
 /// Blocks to f32.
 pub mod dequantize {
+    use crate::memory::{Addresses, Cpu, Memory};
     use crate::operator::{operator, Exec};
     use crate::{ffi, Error, ViewMut, Weight};
 
@@ -13,38 +14,63 @@ pub mod dequantize {
         q3n_dequantize_check,
         q3n_dequantize_variant_count,
         q3n_dequantize_variant_at,
-        q3n_dequantize_best
+        q3n_dequantize_best,
+        [
+            "cuda",
+            q3n_dequantize_cuda,
+            q3n_dequantize_cuda_scratch_bytes,
+            q3n_dequantize_cuda_host_items,
+            q3n_dequantize_cuda_host,
+            q3n_dequantize_cuda_host_scratch_bytes
+        ]
     );
 
     /// Arguments of [`run`].
-    pub struct Args<'a> {
+    pub struct Args<'a, M: Memory = Cpu> {
         /// Output, `[rows][N]`.
-        pub y: ViewMut<'a, 2>,
+        pub y: ViewMut<'a, 2, f32, M>,
         /// Blocks, `[rows][N]`.
-        pub x: Weight<'a, 2>,
+        pub x: Weight<'a, 2, M>,
     }
 
     /// The values that gguf-py gives, bit for bit. Errors: shapes that differ, overlapping output strides.
     pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
+        let cost = args.y.shape().into_iter().fold(2, usize::saturating_mul);
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: both views lie inside their slices and have the same shape.
+        unsafe { exec.execute(&raw, &at, cost) }
+    }
+
+    /// As [`run`], on a device: queues it.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub fn queue(mut args: Args<crate::device::Cuda>, stream: &crate::device::Stream) -> Result<(), Error> {
+        let (raw, at) = raw(&mut args)?;
+        // SAFETY: as in `run`, with buffers for slices.
+        unsafe { stream.queue::<Op>(raw, &at, |_| ()) }
+    }
+
+    /// The C args, shapes compared, and where they lie.
+    fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_dequantize_args, Addresses<M>), Error> {
         let [rows, n] = args.y.shape();
         args.x.expect("x", [rows, n])?;
+        let mut at = Addresses::new();
         let raw = ffi::q3n_dequantize_args {
             struct_bytes: size_of::<ffi::q3n_dequantize_args>() as u64,
-            y: args.y.as_mut_ptr(),
-            x: args.x.as_ptr(),
+            y: at.write(&mut args.y),
+            x: at.weight(&args.x),
             dtype: args.x.dtype().0,
             y_row: args.y.stride(0),
             x_row: args.x.stride(0),
             rows: rows as i64,
             N: n as i64,
         };
-        // SAFETY: both views lie inside their slices and have the same shape.
-        unsafe { exec.execute(&raw, rows.saturating_mul(n).saturating_mul(2)) }
+        Ok((raw, at))
     }
 }
 
 /// f32 to blocks.
 pub mod quantize {
+    use crate::memory::Addresses;
     use crate::operator::{operator, Exec};
     use crate::{ffi, DType, Error, View, Weight};
 
@@ -87,7 +113,7 @@ pub mod quantize {
             N: n as i64,
         };
         // SAFETY: x lies inside its slice, y was checked to hold a weight of the same shape.
-        unsafe { exec.execute(&raw, rows.saturating_mul(n).saturating_mul(64)) }
+        unsafe { exec.execute(&raw, &Addresses::new(), rows.saturating_mul(n).saturating_mul(64)) }
     }
 }
 

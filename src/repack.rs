@@ -1,5 +1,6 @@
 //! Run-time repack of weights into groups of 16 interleaved rows (`csrc/quant/repack.h`).
 
+use crate::memory::Addresses;
 use crate::operator::{operator, Exec};
 use crate::{ffi, Error, Weight};
 
@@ -41,5 +42,5 @@ pub fn run(args: Args, exec: &Exec<Op>) -> Result<(), Error> {
         N: n as i64,
     };
     // SAFETY: y has the bytes of x's elements, x lies inside its slice.
-    unsafe { exec.execute(&raw, args.y.len()) }
+    unsafe { exec.execute(&raw, &Addresses::new(), args.y.len()) }
 }

@@ -1,21 +1,56 @@
 //! Strided views: a slice with a shape and a stride an axis, proven to lie inside the slice when they are made.
 
+use crate::memory::{Cpu, Memory};
 use crate::status::Error;
+use std::fmt::{Debug, Formatter};
+use std::marker::PhantomData;
 
-/// A read-only view of `R` axes over a slice; the innermost axis is contiguous, strides count elements.
-#[derive(Debug, Clone, Copy)]
-pub struct View<'a, const R: usize, T = f32> {
-    data: &'a [T],
+/// A read-only view of `R` axes over a slice; the innermost axis is contiguous, strides count elements. On a device it is a
+/// view of a buffer ([`Memory`]).
+pub struct View<'a, const R: usize, T = f32, M: Memory = Cpu> {
+    at: *const T,
+    len: usize,
     shape: [usize; R],
     strides: [usize; R],
+    id: M::Id,
+    life: PhantomData<&'a [T]>,
 }
 
 /// A writable view of `R` axes over a slice, as [`View`].
-#[derive(Debug)]
-pub struct ViewMut<'a, const R: usize, T = f32> {
-    data: &'a mut [T],
+pub struct ViewMut<'a, const R: usize, T = f32, M: Memory = Cpu> {
+    at: *mut T,
+    len: usize,
     shape: [usize; R],
     strides: [usize; R],
+    id: M::Id,
+    life: PhantomData<&'a mut [T]>,
+}
+
+impl<const R: usize, T, M: Memory> Clone for View<'_, R, T, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<const R: usize, T, M: Memory> Copy for View<'_, R, T, M> {}
+
+// SAFETY: a view is used as the slice it was made from.
+unsafe impl<const R: usize, T: Sync, M: Memory> Send for View<'_, R, T, M> {}
+// SAFETY: as above.
+unsafe impl<const R: usize, T: Sync, M: Memory> Sync for View<'_, R, T, M> {}
+// SAFETY: as above.
+unsafe impl<const R: usize, T: Send, M: Memory> Send for ViewMut<'_, R, T, M> {}
+// SAFETY: as above; a shared one gives no way to its elements.
+unsafe impl<const R: usize, T: Sync, M: Memory> Sync for ViewMut<'_, R, T, M> {}
+
+impl<const R: usize, T, M: Memory> Debug for View<'_, R, T, M> {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "View {{ shape: {:?}, strides: {:?} }}", self.shape, self.strides)
+    }
+}
+impl<const R: usize, T, M: Memory> Debug for ViewMut<'_, R, T, M> {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "ViewMut {{ shape: {:?}, strides: {:?} }}", self.shape, self.strides)
+    }
 }
 
 /// Row-major strides of `shape`.
@@ -27,17 +62,25 @@ pub(crate) fn packed<const R: usize>(shape: [usize; R]) -> [usize; R] {
     strides
 }
 
+/// Whether elements of that shape and strides lie one after the other.
+fn gapless<const R: usize>(shape: [usize; R], strides: [usize; R]) -> bool {
+    shape.contains(&0) || (0..R).all(|i| shape[i] <= 1 || strides[i] == packed(shape)[i])
+}
+
+/// Elements that a view reaches over, if a number can hold them.
+pub(crate) fn reach<const R: usize>(shape: [usize; R], strides: [usize; R]) -> Option<usize> {
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    shape.iter().zip(strides).try_fold(1usize, |n, (&size, stride)| n.checked_add((size - 1).checked_mul(stride)?))
+}
+
 /// `Ok` where every index of the view lies below `len` and its innermost axis is contiguous.
 pub(crate) fn fits<const R: usize>(len: usize, shape: [usize; R], strides: [usize; R]) -> Result<(), Error> {
     if R > 0 && shape[R - 1] > 1 && strides[R - 1] != 1 {
         return Err(Error::argument("strides", format!("innermost stride is {}, expected 1", strides[R - 1])));
     }
-    let needed = if shape.contains(&0) {
-        Some(0)
-    } else {
-        shape.iter().zip(strides).try_fold(1usize, |n, (&size, stride)| n.checked_add((size - 1).checked_mul(stride)?))
-    };
-    match needed {
+    match reach(shape, strides) {
         Some(n) if n <= len => Ok(()),
         n => Err(Error::Length {
             shape: shape.to_vec(),
@@ -56,8 +99,31 @@ impl<'a, const R: usize, T> View<'a, R, T> {
 
     /// A view with its own strides, in elements. Stride 0 repeats an axis.
     pub fn strided(data: &'a [T], shape: [usize; R], strides: [usize; R]) -> Result<Self, Error> {
-        fits(data.len(), shape, strides)?;
-        Ok(View { data, shape, strides })
+        // SAFETY: the slice itself.
+        unsafe { View::over(data.as_ptr(), data.len(), shape, strides, ()) }
+    }
+}
+
+impl<'a, T> From<&'a [T]> for View<'a, 1, T> {
+    fn from(data: &'a [T]) -> Self {
+        View { at: data.as_ptr(), len: data.len(), shape: [data.len()], strides: [1], id: (), life: PhantomData }
+    }
+}
+
+impl<'a, const R: usize, T, M: Memory> View<'a, R, T, M> {
+    /// A view of `len` elements.
+    ///
+    /// # Safety
+    /// There are as many at `at`, in the memory `id`, for the life `'a`, and nobody writes them.
+    pub(crate) unsafe fn over(
+        at: *const T,
+        len: usize,
+        shape: [usize; R],
+        strides: [usize; R],
+        id: M::Id,
+    ) -> Result<Self, Error> {
+        fits(len, shape, strides)?;
+        Ok(View { at, len, shape, strides, id, life: PhantomData })
     }
 
     /// Sizes of the axes.
@@ -70,8 +136,27 @@ impl<'a, const R: usize, T> View<'a, R, T> {
         self.strides[i] as i64
     }
 
+    /// Whether the elements lie one after the other.
+    pub(crate) fn packed(&self) -> bool {
+        gapless(self.shape, self.strides)
+    }
+
+    /// Those of the first `N` axes.
+    pub(crate) fn outer<const N: usize>(&self) -> [i64; N] {
+        std::array::from_fn(|i| self.stride(i))
+    }
+
     pub(crate) fn as_ptr(&self) -> *const T {
-        self.data.as_ptr()
+        self.at
+    }
+
+    pub(crate) fn id(&self) -> M::Id {
+        self.id
+    }
+
+    /// Bytes it reaches over.
+    pub(crate) fn bytes(&self) -> usize {
+        reach(self.shape, self.strides).map_or(0, |n| n * size_of::<T>())
     }
 
     /// Error naming `arg` unless the shape is `expected`.
@@ -79,14 +164,16 @@ impl<'a, const R: usize, T> View<'a, R, T> {
         expect(arg, self.shape, expected)
     }
 
-    /// Another view of the same slice, from element `offset` on.
+    /// Another view of the same elements, from element `offset` on.
     pub(crate) fn part<const Q: usize>(
         &self,
         offset: usize,
         shape: [usize; Q],
         strides: [usize; Q],
-    ) -> Result<View<'a, Q, T>, Error> {
-        View::strided(self.data.get(offset..).unwrap_or(&[]), shape, strides)
+    ) -> Result<View<'a, Q, T, M>, Error> {
+        let offset = offset.min(self.len);
+        // SAFETY: the rest of what this view is over; the address stays inside or at the end.
+        unsafe { View::over(self.at.wrapping_add(offset), self.len - offset, shape, strides, self.id) }
     }
 }
 
@@ -98,8 +185,25 @@ impl<'a, const R: usize, T> ViewMut<'a, R, T> {
 
     /// A view with its own strides, in elements. The C check refuses strides that let two elements share memory.
     pub fn strided(data: &'a mut [T], shape: [usize; R], strides: [usize; R]) -> Result<Self, Error> {
-        fits(data.len(), shape, strides)?;
-        Ok(ViewMut { data, shape, strides })
+        // SAFETY: the slice itself.
+        unsafe { ViewMut::over(data.as_mut_ptr(), data.len(), shape, strides, ()) }
+    }
+}
+
+impl<const R: usize, T, M: Memory> ViewMut<'_, R, T, M> {
+    /// A view of `len` elements.
+    ///
+    /// # Safety
+    /// There are as many at `at`, in the memory `id`, for the life of the view, and nobody else uses them.
+    pub(crate) unsafe fn over(
+        at: *mut T,
+        len: usize,
+        shape: [usize; R],
+        strides: [usize; R],
+        id: M::Id,
+    ) -> Result<Self, Error> {
+        fits(len, shape, strides)?;
+        Ok(ViewMut { at, len, shape, strides, id, life: PhantomData })
     }
 
     /// Sizes of the axes.
@@ -111,8 +215,27 @@ impl<'a, const R: usize, T> ViewMut<'a, R, T> {
         self.strides[i] as i64
     }
 
+    /// Whether the elements lie one after the other.
+    pub(crate) fn packed(&self) -> bool {
+        gapless(self.shape, self.strides)
+    }
+
+    /// Those of the first `N` axes.
+    pub(crate) fn outer<const N: usize>(&self) -> [i64; N] {
+        std::array::from_fn(|i| self.stride(i))
+    }
+
     pub(crate) fn as_mut_ptr(&mut self) -> *mut T {
-        self.data.as_mut_ptr()
+        self.at
+    }
+
+    pub(crate) fn id(&self) -> M::Id {
+        self.id
+    }
+
+    /// Bytes it reaches over.
+    pub(crate) fn bytes(&self) -> usize {
+        reach(self.shape, self.strides).map_or(0, |n| n * size_of::<T>())
     }
 
     /// Error naming `arg` unless the shape is `expected`.
@@ -120,14 +243,16 @@ impl<'a, const R: usize, T> ViewMut<'a, R, T> {
         expect(arg, self.shape, expected)
     }
 
-    /// Another view of the same slice, from element `offset` on.
+    /// Another view of the same elements, from element `offset` on.
     pub(crate) fn part<const Q: usize>(
         &mut self,
         offset: usize,
         shape: [usize; Q],
         strides: [usize; Q],
-    ) -> Result<ViewMut<'_, Q, T>, Error> {
-        ViewMut::strided(self.data.get_mut(offset..).unwrap_or(&mut []), shape, strides)
+    ) -> Result<ViewMut<'_, Q, T, M>, Error> {
+        let offset = offset.min(self.len);
+        // SAFETY: the rest of what this view is over, borrowed as long; the address stays inside or at the end.
+        unsafe { ViewMut::over(self.at.wrapping_add(offset), self.len - offset, shape, strides, self.id) }
     }
 }
 
@@ -136,33 +261,6 @@ pub(crate) fn expect<const R: usize>(arg: &'static str, got: [usize; R], expecte
         return Ok(());
     }
     Err(Error::Shape { arg, got: got.to_vec(), expected: expected.to_vec() })
-}
-
-/// Where a view lies and how, on the CPU or a device, without its life: what the C side takes. Nobody reads through it.
-#[derive(Clone, Copy)]
-pub(crate) struct Array<const R: usize> {
-    pub at: *mut f32,
-    pub shape: [usize; R],
-    pub strides: [i64; R],
-}
-
-impl<const R: usize> Array<R> {
-    /// Error naming `arg` unless the shape is `expected`.
-    pub fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
-        expect(arg, self.shape, expected)
-    }
-}
-
-impl<const R: usize> From<&View<'_, R>> for Array<R> {
-    fn from(view: &View<R>) -> Self {
-        Array { at: view.as_ptr().cast_mut(), shape: view.shape, strides: view.strides.map(|s| s as i64) }
-    }
-}
-
-impl<const R: usize> From<&mut ViewMut<'_, R>> for Array<R> {
-    fn from(view: &mut ViewMut<R>) -> Self {
-        Array { at: view.as_mut_ptr(), shape: view.shape, strides: view.strides.map(|s| s as i64) }
-    }
 }
 
 #[cfg(test)]

@@ -1,30 +1,68 @@
 //! Weights in any [`DType`]: bytes with a shape and a stride an axis.
 
+use crate::memory::{Cpu, Memory};
+use crate::view::{expect, packed};
 use crate::{DType, Error};
+use std::fmt::{Debug, Formatter};
+use std::marker::PhantomData;
 
 /// A read-only view of `R` axes over the bytes of a tensor; the innermost axis is contiguous. Strides count elements,
 /// as those of [`View`](crate::View). The bytes may start at any address.
-#[derive(Debug, Clone, Copy)]
-pub struct Weight<'a, const R: usize> {
-    data: &'a [u8],
+pub struct Weight<'a, const R: usize, M: Memory = Cpu> {
+    at: *const u8,
     dtype: DType,
     shape: [usize; R],
     strides: [usize; R],
+    bytes: usize,
+    id: M::Id,
+    life: PhantomData<&'a [u8]>,
+}
+
+impl<const R: usize, M: Memory> Clone for Weight<'_, R, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<const R: usize, M: Memory> Copy for Weight<'_, R, M> {}
+
+// SAFETY: a weight is used as the bytes it was made from.
+unsafe impl<const R: usize, M: Memory> Send for Weight<'_, R, M> {}
+// SAFETY: as above.
+unsafe impl<const R: usize, M: Memory> Sync for Weight<'_, R, M> {}
+
+impl<const R: usize, M: Memory> Debug for Weight<'_, R, M> {
+    fn fmt(&self, f: &mut Formatter) -> std::fmt::Result {
+        write!(f, "Weight {{ dtype: {}, shape: {:?}, strides: {:?} }}", self.dtype, self.shape, self.strides)
+    }
 }
 
 impl<'a, const R: usize> Weight<'a, R> {
     /// A packed row-major view of the front of `data`.
     pub fn new(data: &'a [u8], dtype: DType, shape: [usize; R]) -> Result<Self, Error> {
-        let mut strides = [1usize; R];
-        for i in (0..R.saturating_sub(1)).rev() {
-            strides[i] = strides[i + 1].saturating_mul(shape[i + 1].max(1));
-        }
-        Self::strided(data, dtype, shape, strides)
+        Self::strided(data, dtype, shape, packed(shape))
     }
 
     /// A view with its own strides, in elements. Errors: a row length or a stride that is no multiple of the dtype's
     /// block, an innermost stride other than 1, bytes that end too early.
     pub fn strided(data: &'a [u8], dtype: DType, shape: [usize; R], strides: [usize; R]) -> Result<Self, Error> {
+        // SAFETY: the slice itself.
+        unsafe { Weight::over(data.as_ptr(), data.len(), dtype, shape, strides, ()) }
+    }
+}
+
+impl<const R: usize, M: Memory> Weight<'_, R, M> {
+    /// A view of `len` bytes.
+    ///
+    /// # Safety
+    /// There are as many at `at`, in the memory `id`, for the life of the view, and nobody writes them.
+    pub(crate) unsafe fn over(
+        at: *const u8,
+        len: usize,
+        dtype: DType,
+        shape: [usize; R],
+        strides: [usize; R],
+        id: M::Id,
+    ) -> Result<Self, Error> {
         let block = dtype.block();
         let (inner, inner_stride) = (shape[R - 1], strides[R - 1]);
         if inner > 1 && inner_stride != 1 {
@@ -47,13 +85,12 @@ impl<'a, const R: usize> Weight<'a, R> {
             outer.clone().try_fold(inner, |n, (&size, stride)| n.checked_add((size - 1).checked_mul(stride)?))
         };
         match elements.and_then(|n| dtype.bytes(n)) {
-            Some(bytes) if bytes <= data.len() => Ok(Weight { data, dtype, shape, strides }),
+            Some(bytes) if bytes <= len => Ok(Weight { at, dtype, shape, strides, bytes, id, life: PhantomData }),
             bytes => Err(Error::argument(
                 "data",
                 format!(
-                    "{dtype} of shape {shape:?} and strides {strides:?} needs {} bytes, there are {}",
+                    "{dtype} of shape {shape:?} and strides {strides:?} needs {} bytes, there are {len}",
                     bytes.map_or("too many".into(), |b| b.to_string()),
-                    data.len()
                 ),
             )),
         }
@@ -75,27 +112,43 @@ impl<'a, const R: usize> Weight<'a, R> {
     }
 
     pub(crate) fn as_ptr(&self) -> *const std::ffi::c_void {
-        self.data.as_ptr().cast()
+        self.at.cast()
+    }
+
+    pub(crate) fn id(&self) -> M::Id {
+        self.id
+    }
+
+    /// Bytes it reaches over.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Error naming `arg` unless the shape is `expected`.
     pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
-        if self.shape == expected {
-            return Ok(());
-        }
-        Err(Error::Shape { arg, got: self.shape.to_vec(), expected: expected.to_vec() })
+        expect(arg, self.shape, expected)
     }
 }
 
 impl<'a> Weight<'a, 3> {
     /// Gate and up of a merged packed tensor `[E][2F][D]`, gate first.
     pub fn split_gate_up(data: &'a [u8], dtype: DType, [e, f, d]: [usize; 3]) -> Result<(Self, Self), Error> {
-        let expert = f.saturating_mul(2).saturating_mul(d);
-        Weight::new(data, dtype, [e, f.saturating_mul(2), d])?;
-        // f * d elements are whole blocks and inside the tensor just checked; an empty one has nothing to skip.
-        let skip = if e == 0 { 0 } else { dtype.bytes(f * d).unwrap_or(0) };
-        let half = |data| Weight::strided(data, dtype, [e, f, d], [expert, d, 1]);
-        Ok((half(data)?, half(&data[skip..])?))
+        Weight::new(data, dtype, [e, f.saturating_mul(2), d])?.halves()
+    }
+}
+
+impl<M: Memory> Weight<'_, 3, M> {
+    /// Gate and up of a merged tensor `[E][2F][D]`, gate first. Error: an odd number of rows.
+    pub fn halves(self) -> Result<(Self, Self), Error> {
+        let [e, rows, d] = self.shape;
+        if rows % 2 != 0 {
+            return Err(Error::argument("gate_up", format!("{rows} rows an expert, expected an even number")));
+        }
+        // Rows are whole blocks and lie inside the tensor; an empty one has nothing to skip.
+        let skip = if self.shape.contains(&0) { Some(0) } else { self.dtype.bytes(rows / 2 * self.strides[1]) };
+        let skip = skip.unwrap_or(0);
+        let gate = Weight { shape: [e, rows / 2, d], bytes: self.bytes - skip, ..self };
+        Ok((gate, Weight { at: self.at.wrapping_add(skip), ..gate }))
     }
 }
 

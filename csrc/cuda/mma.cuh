@@ -6,6 +6,10 @@
      b[0..1]  rows 2 member and 2 member + 8, column group
      c, d     rows group (0, 1) and group + 8 (2, 3), columns 2 member and 2 member + 1
 
+   The same of signed bytes, in 32-bit integers: four neighbouring ones a register, B with them down a column. In
+   m16n8k32 rows of A are group, group + 8, group, group + 8 and columns 4 member (a[0], a[1]) and 4 member + 16; b has
+   rows 4 member and 4 member + 16. m16n8k16 has a[0], a[1] and b[0] of these.
+
    q3n_mma_tf32 takes A 16 x 8 and B 8 x 8 in f32, whose lower 13 bits do not count: a[0..3] have rows group, group + 8,
    group, group + 8 and columns member (a[0], a[1]) and member + 4, b[0..1] rows member and member + 4. q3n_split_tf32
    makes two such numbers of one, within 2^-23 of it.
@@ -31,6 +35,21 @@ Q3N_MMA(q3n_mma_bf16, "f32.bf16.bf16.f32")
 Q3N_MMA(q3n_mma_f16, "f32.f16.f16.f32")
 #undef Q3N_MMA
 
+static __device__ __forceinline__ void q3n_mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                  const int (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+                 "r"(c[3]));
+}
+static __device__ __forceinline__ void q3n_mma_s8(int (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1],
+                                                  const int (&c)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32"
+               " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
 static __device__ __forceinline__ void q3n_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                                     const float (&c)[4]) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
@@ -91,6 +110,30 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const fl
   memcpy(d, out, sizeof out);
 }
 
+/* N registers of B: 16 N values of K. */
+template <int N> struct mma_bytes {
+  uint32_t a[2 * N], b[N];
+  int c[4];
+};
+
+template <int N> void finish_mma_s8(lane_call *const *lane, unsigned) {
+  for (int l = 0; l < 32; l++) {
+    int *d = (int *)lane[l]->out;
+    for (int i = 0; i < 4; i++) {
+      /* what row and column hold lies in the four lanes of a group */
+      unsigned sum = (unsigned)((const mma_bytes<N> *)lane[l]->in)->c[i];
+      for (int member = 0; member < 4; member++) {
+        const mma_bytes<N> &row = *(const mma_bytes<N> *)lane[l / 4 * 4 + member]->in;
+        const mma_bytes<N> &column = *(const mma_bytes<N> *)lane[(2 * (l % 4) + i % 2) * 4 + member]->in;
+        for (int n = 0; n < N; n++)
+          for (int k = 0; k < 4; k++)
+            sum += (unsigned)((int8_t)(row.a[2 * n + i / 2] >> 8 * k) * (int8_t)(column.b[n] >> 8 * k));
+      }
+      d[i] = (int)sum;
+    }
+  }
+}
+
 inline float tf32_value(uint32_t bits) { return __int_as_float((int)(bits & 0xffffe000u)); }
 
 inline void finish_mma_tf32(lane_call *const *lane, unsigned) {
@@ -112,6 +155,16 @@ inline void finish_mma_tf32(lane_call *const *lane, unsigned) {
   }
 }
 
+template <int N> void mma_s8(int (&d)[4], const uint32_t (&a)[2 * N], const uint32_t (&b)[N], const int (&c)[4], place at) {
+  mma_bytes<N> in;
+  memcpy(in.a, a, sizeof a);
+  memcpy(in.b, b, sizeof b);
+  memcpy(in.c, c, sizeof c);
+  int out[4];
+  warp(0xffffffffu, finish_mma_s8<N>, 0, 32, &in, sizeof in, out, at);
+  memcpy(d, out, sizeof out);
+}
+
 } /* namespace q3n_host */
 
 static inline void q3n_mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
@@ -128,6 +181,12 @@ static inline void q3n_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uin
 static inline void q3n_mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                                Q3N_AT) {
   q3n_host::mma<q3n_f16_to_f32>(d, a, b, c, {file, line});
+}
+static inline void q3n_mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4], Q3N_AT) {
+  q3n_host::mma_s8<2>(d, a, b, c, {file, line});
+}
+static inline void q3n_mma_s8(int (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], const int (&c)[4], Q3N_AT) {
+  q3n_host::mma_s8<1>(d, a, b, c, {file, line});
 }
 static inline uint32_t q3n_pack_bf16(float low, float high) {
   return (uint32_t)q3n_f32_to_bf16(high) << 16 | q3n_f32_to_bf16(low);

@@ -32,4 +32,25 @@ template <class T> static __device__ __forceinline__ T q3n_block_sum(T x, q3n_sh
   return q3n_warp_sum(sum);
 }
 
+/* The sum of x over the threads below this one; `all`: over the block. `part` as above, barriers included. */
+template <class T> static __device__ __forceinline__ T q3n_block_below(T x, q3n_shared<T> part, T &all) {
+  const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), warps = (int)(blockDim.x / 32);
+  T sum = x;
+  for (int by = 1; by < 32; by *= 2) {
+    const T lower = __shfl_up_sync(0xffffffffu, sum, by);
+    if (lane >= by) sum += lower;
+  }
+  __syncthreads();
+  if (lane == 31) part[warp] = sum;
+  __syncthreads();
+  T below = sum - x;
+  all = 0;
+  for (int w = 0; w < warps; w++) {
+    const T theirs = part[w];
+    if (w < warp) below += theirs;
+    all += theirs;
+  }
+  return below;
+}
+
 #endif

@@ -9,6 +9,7 @@
 
 #include "../base/dtype.h"
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef struct q3n_matmul_args {
   uint64_t struct_bytes; /* sizeof(q3n_matmul_args) */
@@ -22,5 +23,6 @@ typedef struct q3n_matmul_args {
 } q3n_matmul_args;
 
 Q3N_DECLARE_OPERATOR(matmul);
+Q3N_DECLARE_CUDA(matmul, matmul);
 
 #endif

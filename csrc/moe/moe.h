@@ -46,6 +46,11 @@ typedef struct q3n_moe_group_args {
 
 Q3N_DECLARE_OPERATOR(moe_group);
 
+/* On a device the first 8 bytes of scratch tell, an int64_t: INT64_MAX, or the lowest pair whose id is outside 0 .. E;
+   then neither order nor offsets were written. What moe_route chose is never outside. up and down that are queued
+   behind do no harm where offsets were zeros before. */
+Q3N_DECLARE_CUDA(moe_group, moe_group);
+
 /* h[p] = silu(Wgate_e x_t) * (Wup_e x_t) for each pair p = (t, choice) with expert e. Items are blocks of rows of F.
    order and offsets are trusted: only group makes them. Weights may start at any address. h overlaps no input. */
 typedef struct q3n_moe_up_args {
@@ -65,6 +70,7 @@ typedef struct q3n_moe_up_args {
 } q3n_moe_up_args;
 
 Q3N_DECLARE_OPERATOR(moe_up);
+Q3N_DECLARE_CUDA(moe_up, moe_up);
 
 /* y_t = [y_t +] sum over choices c, in order, of weights[t][c] Wdown_e h[(t, c)]. Items are blocks of rows of D.
    A token's result does not depend on the others, bit for bit. y overlaps no input. */
@@ -85,5 +91,6 @@ typedef struct q3n_moe_down_args {
 } q3n_moe_down_args;
 
 Q3N_DECLARE_OPERATOR(moe_down);
+Q3N_DECLARE_CUDA(moe_down, moe_down);
 
 #endif

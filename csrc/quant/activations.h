@@ -6,6 +6,7 @@
 
 #include "../base/dtype.h"
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 #include "q8_activations.h"
 
 typedef struct q3n_activations_args {
@@ -18,5 +19,6 @@ typedef struct q3n_activations_args {
 } q3n_activations_args;
 
 Q3N_DECLARE_OPERATOR(activations);
+Q3N_DECLARE_CUDA(activations, activations);
 
 #endif

@@ -12,6 +12,7 @@
 
 #include "../base/dtype.h"
 #include "../base/operator.h"
+#include "../cuda/cuda.h"
 
 typedef struct q3n_dequantize_args {
   uint64_t struct_bytes; /* sizeof(q3n_dequantize_args) */
@@ -23,6 +24,7 @@ typedef struct q3n_dequantize_args {
 } q3n_dequantize_args;
 
 Q3N_DECLARE_OPERATOR(dequantize);
+Q3N_DECLARE_CUDA(dequantize, dequantize);
 
 typedef struct q3n_quantize_args {
   uint64_t struct_bytes; /* sizeof(q3n_quantize_args) */

@@ -89,7 +89,10 @@ fn prepare(
 ) -> Result<(), Error> {
     let (a, strides) = (&config.attention, [shape[1] * stride, stride, 1]);
     let y = ViewMut::strided(heads, shape, strides)?;
-    norm::run(norm::Args { y, x: None, kind: norm::Kind::Rms(Some(w)), eps: config.norm_eps }, &Exec::default())?;
+    norm::run(
+        norm::Args { y, x: None, kind: norm::Kind::Rms(Some(w.into())), eps: config.norm_eps },
+        &Exec::default(),
+    )?;
     let y = ViewMut::strided(heads, shape, strides)?;
     let args = rope::Args { y, x: None, pos: &packed.positions, base: a.rope_base, rotary: a.rotary };
     Ok(rope::run(args, &Exec::default())?)

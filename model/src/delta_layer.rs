@@ -98,7 +98,7 @@ pub(crate) fn add(
         step.extend_from_slice(&state_steps[i * hv * vd * kd..(i + 1) * hv * vd * kd]);
     }
 
-    let gated = norm::Kind::RmsGated { w: Some(&w.norm), z: View::new(&z, [t, hv, vd])? };
+    let gated = norm::Kind::RmsGated { w: Some(View::from(&w.norm[..])), z: View::new(&z, [t, hv, vd])? };
     let args = norm::Args { y: ViewMut::new(&mut o, [t, hv, vd])?, x: None, kind: gated, eps: config.norm_eps };
     norm::run(args, &Exec::default())?;
 

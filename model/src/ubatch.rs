@@ -110,8 +110,12 @@ pub(crate) struct Packed {
 /// RMS norm of packed rows.
 pub(crate) fn norm_rows(y: &mut [f32], x: &[f32], width: usize, w: &[f32], eps: f32) -> Result<(), Error> {
     let shape = [x.len() / width, 1, width];
-    let args =
-        norm::Args { y: ViewMut::new(y, shape)?, x: Some(View::new(x, shape)?), kind: norm::Kind::Rms(Some(w)), eps };
+    let args = norm::Args {
+        y: ViewMut::new(y, shape)?,
+        x: Some(View::new(x, shape)?),
+        kind: norm::Kind::Rms(Some(w.into())),
+        eps,
+    };
     Ok(norm::run(args, &Exec::default())?)
 }
 

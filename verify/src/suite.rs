@@ -102,6 +102,9 @@ pub struct Options {
     pub isa: Option<Isa>,
     /// Also variants of the host executor, where neither variant nor instruction set is named.
     pub cuda_host: bool,
+    /// The CUDA kernels on this device instead of the variants: arguments are copied there and back.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub device: Option<&'static qwen3next_kernels::device::Device>,
     /// Only this check.
     pub check: Option<String>,
     /// Only this case, in its printed form, instead of grid and random ones.
@@ -124,6 +127,8 @@ impl Default for Options {
             variant: None,
             isa: None,
             cuda_host: true,
+            #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+            device: None,
             check: None,
             case: None,
             shrink: 400,
@@ -296,6 +301,16 @@ unsafe fn run_plugin<S: Suite>(options: &Options, plugin: &Plugin) -> Result<Vec
 
 /// Runs every chosen check of `S` on every chosen variant. `Err` is a bad option, named.
 pub fn run<S: Suite>(options: &Options) -> Result<Vec<Row>, String> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some(device) = options.device {
+        let kernels = Variant::staged(device);
+        if kernels.is_empty() {
+            let mut row = Row::new(S::Op::NAME, "cuda", Isa::SCALAR, "all");
+            row.verdict = Verdict::Skipped("the operator has no CUDA kernel".into());
+            return Ok(vec![row]);
+        }
+        return run_on::<S>(options, &kernels);
+    }
     run_on::<S>(options, &S::Op::variants())
 }
 

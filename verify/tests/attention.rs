@@ -51,7 +51,7 @@ fn wrong_arguments_are_refused_by_name() {
     let zeros: &'static [f32] = vec![0.0f32; 1 << 16].leak();
     let halves: &'static [f16] = vec![f16::ZERO; 160].leak();
     let text = |change: fn(&mut attention::Args<'static>)| refusal(change).to_string();
-    assert!(matches!(refusal(|a| a.sinks = Some(&[1.0])), Error::Shape { arg: "sinks", .. }));
+    assert!(matches!(refusal(|a| a.sinks = Some((&[1.0][..]).into())), Error::Shape { arg: "sinks", .. }));
     assert!(matches!(refusal(|a| a.slot = Some(&[0])), Error::Shape { arg: "slot", .. }));
     assert!(matches!(refusal(|a| a.kv_len = Some(&[3, 3, 3])), Error::Shape { arg: "kv_len", .. }));
     assert!(text(|a| a.slot = Some(&[0, 2])).contains("slots: value"));

@@ -38,7 +38,7 @@ fn refusal(change: impl FnOnce(&mut causal_conv::Args<'static>)) -> Error {
 #[test]
 fn wrong_arguments_are_refused_by_name() {
     let text = |change: fn(&mut causal_conv::Args<'static>)| refusal(change).to_string();
-    assert!(matches!(refusal(|a| a.bias = Some(&[1.0])), Error::Shape { arg: "bias", .. }));
+    assert!(matches!(refusal(|a| a.bias = Some((&[1.0][..]).into())), Error::Shape { arg: "bias", .. }));
     assert!(matches!(refusal(|a| a.slot_in = Some(&[0])), Error::Shape { arg: "slot_in", .. }));
     assert!(matches!(refusal(|a| a.x = View::new(&[], [2, 0, 4]).unwrap()), Error::Shape { arg: "x", .. }));
     let one_tap = |a: &mut causal_conv::Args<'static>| a.w = View::new(&[1.0; 4], [4, 1]).unwrap();

@@ -25,7 +25,7 @@ fn wrong_arguments_are_refused_by_name() {
     };
     let z = View::new(&x[..12], [1, 3, 4]).unwrap();
     assert!(matches!(call([2, 4, 3], Kind::L2, 0.0, 4), Error::Shape { arg: "x", .. }));
-    assert!(matches!(call([2, 3, 4], Kind::Rms(Some(&w[..3])), 0.0, 4), Error::Shape { arg: "w", .. }));
+    assert!(matches!(call([2, 3, 4], Kind::Rms(Some((&w[..3]).into())), 0.0, 4), Error::Shape { arg: "w", .. }));
     assert!(matches!(call([2, 3, 4], Kind::RmsGated { w: None, z }, 0.0, 4), Error::Shape { arg: "z", .. }));
     assert!(call([2, 3, 4], Kind::L2, -1.0, 4).to_string().contains("eps: value"));
     assert!(call([2, 3, 4], Kind::L2, f32::NAN, 4).to_string().contains("eps: value"));

@@ -31,12 +31,16 @@ struct alignas(16) float4 {
 struct alignas(16) int4 {
   int x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace q3n_host {
@@ -218,6 +222,16 @@ inline void finish_ballot(lane_call *const *lane, unsigned mask) {
     if (mask >> i & 1u) memcpy(lane[i]->out, &votes, sizeof votes);
 }
 
+inline void finish_match(lane_call *const *lane, unsigned mask) {
+  for (int i = 0; i < 32; i++) {
+    unsigned same = 0;
+    if (!(mask >> i & 1u)) continue;
+    for (int j = 0; j < 32; j++)
+      if (mask >> j & 1u && memcmp(lane[i]->in, lane[j]->in, (size_t)lane[i]->bytes) == 0) same |= 1u << j;
+    memcpy(lane[i]->out, &same, sizeof same);
+  }
+}
+
 template <class T> T shuffle(unsigned mask, finish op, T value, int parameter, int width, place at) {
   T out = value;
   if (width < 1 || width > 32 || (width & (width - 1)))
@@ -259,6 +273,13 @@ inline unsigned __ballot_sync(unsigned mask, int vote, Q3N_AT) {
 inline int __any_sync(unsigned mask, int vote, Q3N_AT) { return __ballot_sync(mask, vote, file, line) != 0; }
 inline int __all_sync(unsigned mask, int vote, Q3N_AT) { return __ballot_sync(mask, vote, file, line) == mask; }
 
+/* The lanes with the same value. */
+template <class T> unsigned __match_any_sync(unsigned mask, T value, Q3N_AT) {
+  unsigned same = 0;
+  q3n_host::warp(mask, q3n_host::finish_match, 0, 32, &value, (int)sizeof value, &same, {file, line});
+  return same;
+}
+
 template <class T> T __ldg(const T *p) { return *p; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
@@ -273,6 +294,22 @@ inline float __int_as_float(int i) {
   float x;
   memcpy(&x, &i, sizeof x);
   return x;
+}
+inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
+inline float __uint_as_float(unsigned i) { return __int_as_float((int)i); }
+/* The low word of (high:low) >> shift % 32. */
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return (unsigned)(((uint64_t)high << 32 | low) >> shift % 32);
+}
+/* Byte i is the one of (b:a) that nibble i of s names; bit 3 fills it with that byte's sign. */
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+  const uint64_t from = (uint64_t)b << 32 | a;
+  unsigned to = 0;
+  for (int i = 0; i < 4; i++) {
+    const unsigned nibble = s >> 4 * i & 15u, byte = (unsigned)(from >> 8 * (nibble & 7u)) & 0xffu;
+    to |= (nibble & 8u ? byte >> 7 ? 0xffu : 0u : byte) << 8 * i;
+  }
+  return to;
 }
 
 /* Sum of four products of signed bytes, added to c. */

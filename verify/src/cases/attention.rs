@@ -396,7 +396,7 @@ impl Problem {
             v: v.view(),
             gate: gate.as_ref().map(|g| g.view()),
             mask: mask.as_ref().map(|m| m.view()),
-            sinks: sinks.as_deref(),
+            sinks: sinks.as_deref().map(View::from),
             slot: Some(&slot),
             kv_len: Some(&kv_len),
             cu_seqlens: self.packed.then_some(&cu[..]),
@@ -1094,7 +1094,7 @@ impl Merged {
             part_o: View::new(&part_o, [parts, t, hq, d])?,
             part_lse: View::new(&part_lse, [parts, t, hq])?,
             gate: gate.as_ref().map(|g| g.view()),
-            sinks: sinks.as_deref(),
+            sinks: sinks.as_deref().map(View::from),
         };
         merge::run(args, exec)?;
         Ok(Outputs { o: o.read("o")?, lse: lse.read("lse")? })

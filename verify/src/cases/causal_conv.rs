@@ -168,7 +168,7 @@ impl Problem {
             y: y.view(),
             x: x.view(),
             w: w.view(),
-            bias: bias.as_deref(),
+            bias: bias.as_deref().map(View::from),
             state: match case.states {
                 States::Zeros => causal_conv::State::Zeros,
                 States::In => causal_conv::State::In(pool_in.view()),
@@ -419,7 +419,7 @@ fn far_slots(variant: &Variant<causal_conv::Op>, case: &Case, seed: u64) -> Outc
         y: ViewMut::new(&mut y, [2, case.t, case.c])?,
         x: View::new(&problem.x, [2, case.t, case.c])?,
         w: View::new(&problem.w, [case.c, case.width])?,
-        bias: problem.bias.as_deref(),
+        bias: problem.bias.as_deref().map(View::from),
         state: causal_conv::State::InPlace(ViewMut::strided(
             pool.elements(),
             [FarPool::SLOTS, case.c, case.width - 1],

@@ -486,7 +486,8 @@ fn feed(execs: &Execs, case: &Case, inputs: &Inputs) -> Result<(Vec<f32>, Vec<f3
     let (guard, after) = zones(64);
     let len = inputs.ids.len() * f;
     let mut h = Guarded::filled(guard + len + after, f32::from_bits(POISON));
-    let args = up::Args { h: &mut h[guard..guard + len], x: rows, gate, up, routing: &routing };
+    let hidden = ViewMut::new(&mut h[guard..guard + len], [inputs.ids.len(), f])?;
+    let args = up::Args { h: hidden, x: rows, gate, up, routing: &routing };
     up::run(args, &execs.up)?;
     if let Some(i) = h[guard..guard + len].iter().position(|v| v.to_bits() == POISON) {
         return Err(Failure::new(format!("h: element {i} was left unwritten")));

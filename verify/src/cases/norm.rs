@@ -107,10 +107,10 @@ pub fn call(exec: &Exec<norm::Op>, case: &Case, inputs: &Inputs) -> Result<Vec<f
         if case.in_place { Output::with(&inputs.x, shape, case.layout) } else { Output::new(shape, case.layout) };
     let w = Guarded::of(&inputs.w);
     let kind = match case.kind {
-        Kind::Rms => norm::Kind::Rms(Some(&w)),
+        Kind::Rms => norm::Kind::Rms(Some((&w[..]).into())),
         Kind::Plain => norm::Kind::Rms(None),
-        Kind::Plus1 => norm::Kind::RmsPlus1(&w),
-        Kind::Gated => norm::Kind::RmsGated { w: Some(&w), z: z.view() },
+        Kind::Plus1 => norm::Kind::RmsPlus1((&w[..]).into()),
+        Kind::Gated => norm::Kind::RmsGated { w: Some((&w[..]).into()), z: z.view() },
         Kind::L2 => norm::Kind::L2,
     };
     let x = (!case.in_place).then(|| x.view());

@@ -86,28 +86,28 @@ enum Backend {
     All,
 }
 
-/// Why no kernel can be judged on a GPU.
+/// Has the kernels run on the first GPU, or says why they can't.
 #[cfg(feature = "cuda")]
-fn no_gpu() -> String {
-    match qwen3next_kernels::device::Device::count() {
-        Err(why) => why.to_string(),
-        Ok(0) => "the driver knows no device".into(),
-        Ok(_) => "the suites do not run on devices yet: --backend cuda-host runs the same kernels on the CPU".into(),
-    }
+fn on_gpu(options: &mut Options) -> Result<(), String> {
+    use qwen3next_kernels::device::Device;
+    let device = match Device::count() {
+        Ok(0) => return Err("the driver knows no device".into()),
+        Ok(_) => Device::open(0).map_err(|e| e.to_string())?,
+        Err(why) => return Err(why.to_string()),
+    };
+    println!("on {}", device.name().map_err(|e| e.to_string())?);
+    options.device = Some(Box::leak(Box::new(device)));
+    Ok(())
 }
 
 #[cfg(not(feature = "cuda"))]
-fn no_gpu() -> String {
-    "built without the feature cuda".into()
+fn on_gpu(_: &mut Options) -> Result<(), String> {
+    Err("built without the feature cuda".into())
 }
 
 pub fn run(args: Args) -> anyhow::Result<Done> {
     if args.backend == Backend::CudaHost && !Isa::CUDA_HOST.available() {
         bail!("--backend cuda-host: not built in: build with --features cuda-host");
-    }
-    if args.backend == Backend::Cuda {
-        println!("SKIPPED cuda: {}\n\n0 checks passed, 0 failed, 1 skipped", no_gpu());
-        return Ok(Done::Ok);
     }
     let entries = chosen(args.op.as_deref())?;
     if args.op.is_none()
@@ -131,6 +131,12 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let cuda_host = args.backend != Backend::Cpu;
     let (variant, check, case) = (args.variant, args.check, args.case);
     options = Options { seed: args.seed, variant, isa, cuda_host, check, case, ..options };
+    if args.backend == Backend::Cuda {
+        if let Err(why) = on_gpu(&mut options) {
+            println!("SKIPPED cuda: {why}\n\n0 checks passed, 0 failed, 1 skipped");
+            return Ok(Done::Ok);
+        }
+    }
 
     if let Some(folder) = &args.write_cases {
         return write_cases(&entries, &options, folder);

@@ -208,7 +208,7 @@ impl Timed for Up {
         let Sizes { t, e, d, f, .. } = self.sizes;
         let dtype = self.form.weight_type(self.dtype.dtype());
         let args = up::Args {
-            h: &mut self.h,
+            h: ViewMut::new(&mut self.h, [self.routing.ids().len(), f])?,
             x: match &self.q8 {
                 Some(bytes) => Rows::Q8(Weight::new(bytes, self.dtype.dtype().activations(), [t, d])?),
                 None => View::new(&self.x, [t, d])?.into(),

@@ -33,10 +33,10 @@ impl Timed for Norm {
         let (c, i) = (&self.case, &self.inputs);
         let shape = [c.t, c.h, c.d];
         let kind = match c.kind {
-            Kind::Rms => norm::Kind::Rms(Some(&i.w)),
+            Kind::Rms => norm::Kind::Rms(Some(View::from(&i.w[..]))),
             Kind::Plain => norm::Kind::Rms(None),
-            Kind::Plus1 => norm::Kind::RmsPlus1(&i.w),
-            Kind::Gated => norm::Kind::RmsGated { w: Some(&i.w), z: View::new(&i.z, shape)? },
+            Kind::Plus1 => norm::Kind::RmsPlus1(View::from(&i.w[..])),
+            Kind::Gated => norm::Kind::RmsGated { w: Some(View::from(&i.w[..])), z: View::new(&i.z, shape)? },
             Kind::L2 => norm::Kind::L2,
         };
         let args =

@@ -189,13 +189,7 @@ impl CustomOp3 for CausalConv {
             ViewMut::new(after, [b, c, width.saturating_sub(1)]).map_err(wrong)?,
         );
         with_optional("bias", self.bias.as_ref(), |bias| {
-            let bias = match bias {
-                None => None,
-                Some((s, l)) => {
-                    view::<1, f32>("bias", s, l)?;
-                    s.as_slice::<f32>()?.get(l.start_offset()..l.start_offset() + l.dims()[0])
-                }
-            };
+            let bias = bias.map(|(s, l)| view("bias", s, l)).transpose()?;
             let args = causal_conv::Args {
                 y: ViewMut::new(y, [b, t, c]).map_err(wrong)?,
                 x,

@@ -1,0 +1,460 @@
+//! Operators on devices: what `queue` leaves in buffers against what `run` computes on the CPU, and what is refused. On the
+//! host executor, and on the first GPU where there is one.
+#![cfg(any(feature = "cuda", feature = "cuda-host"))]
+
+use qwen3next_kernels::activations::Q8;
+use qwen3next_kernels::device::Device;
+use qwen3next_kernels::{
+    attention, causal_conv, gated_delta, matmul, moe, norm, quant, rope, solve_tri, DType, Error, Exec, View, ViewMut,
+    Weight,
+};
+
+fn devices() -> Vec<Device> {
+    #[allow(unused_mut)]
+    let mut all = Vec::new();
+    #[cfg(feature = "cuda-host")]
+    all.push(Device::executor());
+    #[cfg(feature = "cuda")]
+    match Device::open(0) {
+        Ok(gpu) => all.push(gpu),
+        Err(why) => println!("SKIPPED: {why}"),
+    }
+    all
+}
+
+/// Values in -1 .. 1 that no pattern of indices hits.
+fn fill(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// Within rounding of sums of some hundred terms.
+fn assert_near(got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len());
+    let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    for (i, (a, b)) in got.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= 2e-5 * largest, "element {i}: {a}, on the CPU {b}");
+    }
+}
+
+#[test]
+fn norms() -> Result<(), Error> {
+    let (t, h, d) = (3, 2, 64);
+    let (x, z, w) = (fill(t * h * d, 1), fill(t * h * d, 2), fill(d, 3));
+    let mut expected = vec![0.0; t * h * d];
+    let kind = norm::Kind::RmsGated { w: Some(w[..].into()), z: View::new(&z, [t, h, d])? };
+    let x_view = Some(View::new(&x, [t, h, d])?);
+    norm::run(norm::Args { y: ViewMut::new(&mut expected, [t, h, d])?, x: x_view, kind, eps: 1e-6 }, &Exec::default())?;
+    for device in devices() {
+        let stream = device.stream()?;
+        let (x, z, w) = (device.upload(&x)?, device.upload(&z)?, device.upload(&w)?);
+        let mut y = device.zeros(t * h * d)?;
+        let kind = norm::Kind::RmsGated { w: Some(w.view([d])?), z: z.view([t, h, d])? };
+        let x = Some(x.view([t, h, d])?);
+        norm::queue(norm::Args { y: y.view_mut([t, h, d])?, x, kind, eps: 1e-6 }, &stream)?;
+        assert_near(&y.download()?, &expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn rotary_positions_come_from_the_device() -> Result<(), Error> {
+    let (shape, pos) = ([3, 2, 32], [7i64, 0, 100]);
+    let x = fill(3 * 2 * 32, 4);
+    let mut expected = x.clone();
+    let y = ViewMut::new(&mut expected, shape)?;
+    rope::run(rope::Args { y, x: None, pos: &pos, base: 1e4, rotary: 16 }, &Exec::default())?;
+    for device in devices() {
+        let (stream, pos, mut y) = (device.stream()?, device.indices(&pos)?, device.upload(&x)?);
+        let y_view = y.view_mut(shape)?;
+        rope::queue(rope::Args { y: y_view, x: None, pos: &pos, base: 1e4, rotary: 16 }, &stream)?;
+        assert_near(&y.download()?, &expected);
+        let negative = device.indices(&[0, -1, 2])?;
+        let args = rope::Args { y: y.view_mut(shape)?, x: None, pos: &negative, base: 1e4, rotary: 16 };
+        assert!(rope::queue(args, &stream).unwrap_err().to_string().contains("pos"));
+    }
+    Ok(())
+}
+
+#[test]
+fn convolutions_update_their_slots() -> Result<(), Error> {
+    let (c, width, slots, cu, slot) = (24, 4, 3, [0i64, 2, 7], [2i64, 0]);
+    let (x, w, bias, pool) = (fill(7 * c, 5), fill(c * width, 6), fill(c, 7), fill(slots * c * (width - 1), 8));
+    let pool_shape = [slots, c, width - 1];
+    let (mut expected, mut expected_pool) = (vec![0.0; 7 * c], pool.clone());
+    let args = causal_conv::Args {
+        y: ViewMut::new(&mut expected, [1, 7, c])?,
+        x: View::new(&x, [1, 7, c])?,
+        w: View::new(&w, [c, width])?,
+        bias: Some(bias[..].into()),
+        state: causal_conv::State::InPlace(ViewMut::new(&mut expected_pool, pool_shape)?),
+        snapshots: None,
+        slot_in: Some(&slot),
+        slot_out: Some(&slot),
+        cu_seqlens: Some(&cu),
+        silu: true,
+    };
+    causal_conv::run(args, &Exec::default())?;
+    for device in devices() {
+        let stream = device.stream()?;
+        let (x, w, bias, mut pool) =
+            (device.upload(&x)?, device.upload(&w)?, device.upload(&bias)?, device.upload(&pool)?);
+        let (cu, slot, mut y) = (device.indices(&cu)?, device.indices(&slot)?, device.zeros(7 * c)?);
+        let args = causal_conv::Args {
+            y: y.view_mut([1, 7, c])?,
+            x: x.view([1, 7, c])?,
+            w: w.view([c, width])?,
+            bias: Some(bias.view([c])?),
+            state: causal_conv::State::InPlace(pool.view_mut(pool_shape)?),
+            snapshots: None,
+            slot_in: Some(&slot),
+            slot_out: Some(&slot),
+            cu_seqlens: Some(&cu),
+            silu: true,
+        };
+        causal_conv::queue(args, &stream)?;
+        assert_near(&y.download()?, &expected);
+        assert_near(&pool.download()?, &expected_pool);
+    }
+    Ok(())
+}
+
+#[test]
+fn delta_rule_from_pool_to_pool() -> Result<(), Error> {
+    let (hk, hv, k, v, slots, cu, from, to) = (2, 4, 32, 16, 3, [0i64, 3, 40], [1i64, 1], [0i64, 2]);
+    let t = 40;
+    let (q, keys, values) = (fill(t * hk * k, 9), fill(t * hk * k, 10), fill(t * hv * v, 11));
+    let beta: Vec<f32> = fill(t * hv, 12).iter().map(|b| b.abs()).collect();
+    let g: Vec<f32> = fill(t * hv, 13).iter().map(|g| -g.abs()).collect();
+    let (pool, shape) = (fill(slots * hv * v * k, 14), [slots, hv, v, k]);
+    let (mut expected, mut expected_pool) = (vec![0.0; t * hv * v], vec![0.0; pool.len()]);
+    let args = gated_delta::Args {
+        o: ViewMut::new(&mut expected, [1, t, hv, v])?,
+        snapshots: None,
+        state: gated_delta::State::InOut {
+            input: View::new(&pool, shape)?,
+            slot_in: Some(&from),
+            out: Some(ViewMut::new(&mut expected_pool, shape)?),
+            slot_out: Some(&to),
+        },
+        q: View::new(&q, [1, t, hk, k])?,
+        k: View::new(&keys, [1, t, hk, k])?,
+        v: View::new(&values, [1, t, hv, v])?,
+        gate: gated_delta::Gate::Scalar(gated_delta::LogDecay::new(&g, [1, t, hv])?),
+        beta: View::new(&beta, [1, t, hv])?,
+        cu_seqlens: Some(&cu),
+        head_map: gated_delta::HeadMap::Grouped,
+        qk_l2norm: Some(gated_delta::L2_NORM_EPS),
+        scale: 0.25,
+    };
+    gated_delta::run(args, &Exec::default())?;
+    for device in devices() {
+        let stream = device.stream()?;
+        let (q, keys, values) = (device.upload(&q)?, device.upload(&keys)?, device.upload(&values)?);
+        let (beta, g, pool) = (device.upload(&beta)?, device.upload(&g)?, device.upload(&pool)?);
+        let (cu, from, to) = (device.indices(&cu)?, device.indices(&from)?, device.indices(&to)?);
+        let (mut o, mut out) = (device.zeros(t * hv * v)?, device.zeros(slots * hv * v * k)?);
+        let args = gated_delta::Args {
+            o: o.view_mut([1, t, hv, v])?,
+            snapshots: None,
+            state: gated_delta::State::InOut {
+                input: pool.view(shape)?,
+                slot_in: Some(&from),
+                out: Some(out.view_mut(shape)?),
+                slot_out: Some(&to),
+            },
+            q: q.view([1, t, hk, k])?,
+            k: keys.view([1, t, hk, k])?,
+            v: values.view([1, t, hv, v])?,
+            gate: gated_delta::Gate::Scalar(gated_delta::LogDecay::unchecked(g.view([1, t, hv])?)),
+            beta: beta.view([1, t, hv])?,
+            cu_seqlens: Some(&cu),
+            head_map: gated_delta::HeadMap::Grouped,
+            qk_l2norm: Some(gated_delta::L2_NORM_EPS),
+            scale: 0.25,
+        };
+        gated_delta::queue(args, &stream)?;
+        assert_near(&o.download()?, &expected);
+        assert_near(&out.download()?, &expected_pool);
+    }
+    Ok(())
+}
+
+#[test]
+fn triangular_solves() -> Result<(), Error> {
+    let (batch, n, m) = (3, 20, 5);
+    let (l, b) = (fill(batch * n * n, 15), fill(batch * n * m, 16));
+    let mut expected = b.clone();
+    let x = ViewMut::new(&mut expected, [batch, n, m])?;
+    let l_view = View::new(&l, [batch, n, n])?;
+    solve_tri::run_in_place(solve_tri::InPlace { x, l: l_view, unit_diagonal: true }, &Exec::default())?;
+    for device in devices() {
+        let (stream, l, b) = (device.stream()?, device.upload(&l)?, device.upload(&b)?);
+        let (mut x, mut in_place) = (device.zeros(batch * n * m)?, device.upload(&b.download()?)?);
+        let args = solve_tri::Args {
+            x: x.view_mut([batch, n, m])?,
+            l: l.view([batch, n, n])?,
+            b: Some(b.view([batch, n, m])?),
+            unit_diagonal: true,
+        };
+        solve_tri::queue(args, &stream)?;
+        let x_view = in_place.view_mut([batch, n, m])?;
+        let args = solve_tri::InPlace { x: x_view, l: l.view([batch, n, n])?, unit_diagonal: true };
+        solve_tri::queue_in_place(args, &stream)?;
+        assert_near(&x.download()?, &expected);
+        assert_near(&in_place.download()?, &expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_over_a_cache() -> Result<(), Error> {
+    let (b, t, hq, hkv, d, slots, s) = (2, 2, 4, 2, 64, 3, 40);
+    let (q, gate) = (fill(b * t * hq * d, 17), fill(b * t * hq * d, 18));
+    let half = |seed| fill(slots * s * hkv * d, seed).into_iter().map(half::f16::from_f32).collect::<Vec<_>>();
+    let (keys, values, sinks) = (half(19), half(20), fill(hq, 21));
+    let (slot, kv_len, shape, kv) = ([2i64, 0], [33i64, 40], [b, t, hq, d], [slots, s, hkv, d]);
+    let mut expected = vec![0.0; b * t * hq * d];
+    let args = attention::Args {
+        o: ViewMut::new(&mut expected, shape)?,
+        lse: None,
+        q: View::new(&q, shape)?,
+        k: attention::Kv::F16(View::new(&keys, kv)?),
+        v: attention::Kv::F16(View::new(&values, kv)?),
+        gate: Some(View::new(&gate, shape)?),
+        mask: None,
+        sinks: Some(sinks[..].into()),
+        slot: Some(&slot),
+        kv_len: Some(&kv_len),
+        cu_seqlens: None,
+        causal: true,
+        scale: 0.125,
+        window: None,
+    };
+    attention::run(args, &Exec::default())?;
+    for device in devices() {
+        let stream = device.stream()?;
+        let (q, gate, sinks) = (device.upload(&q)?, device.upload(&gate)?, device.upload(&sinks)?);
+        let (keys, values) = (device.upload(&keys)?, device.upload(&values)?);
+        let (slot, kv_len) = (device.indices(&slot)?, device.indices(&kv_len)?);
+        let mut o = device.zeros(b * t * hq * d)?;
+        let args = attention::Args {
+            o: o.view_mut(shape)?,
+            lse: None,
+            q: q.view(shape)?,
+            k: attention::Kv::F16(keys.view(kv)?),
+            v: attention::Kv::F16(values.view(kv)?),
+            gate: Some(gate.view(shape)?),
+            mask: None,
+            sinks: Some(sinks.view([hq])?),
+            slot: Some(&slot),
+            kv_len: Some(&kv_len),
+            cu_seqlens: None,
+            causal: true,
+            scale: 0.125,
+            window: None,
+        };
+        attention::queue(args, &stream)?;
+        assert_near(&o.download()?, &expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn parts_of_attention_merge() -> Result<(), Error> {
+    let (parts, t, hq, d) = (3, 2, 2, 64);
+    let (part_o, part_lse) = (fill(parts * t * hq * d, 22), fill(parts * t * hq, 23));
+    let mut expected = vec![0.0; t * hq * d];
+    let args = attention::merge::Args {
+        o: ViewMut::new(&mut expected, [t, hq, d])?,
+        lse: None,
+        part_o: View::new(&part_o, [parts, t, hq, d])?,
+        part_lse: View::new(&part_lse, [parts, t, hq])?,
+        gate: None,
+        sinks: None,
+    };
+    attention::merge::run(args, &Exec::default())?;
+    for device in devices() {
+        let (stream, mut o) = (device.stream()?, device.zeros(t * hq * d)?);
+        let (part_o, part_lse) = (device.upload(&part_o)?, device.upload(&part_lse)?);
+        let args = attention::merge::Args {
+            o: o.view_mut([t, hq, d])?,
+            lse: None,
+            part_o: part_o.view([parts, t, hq, d])?,
+            part_lse: part_lse.view([parts, t, hq])?,
+            gate: None,
+            sinks: None,
+        };
+        attention::merge::queue(args, &stream)?;
+        assert_near(&o.download()?, &expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn weights_decode_and_multiply() -> Result<(), Error> {
+    let (m, n, k, dtype) = (3, 48, 512, DType::Q4_K);
+    let (x, w) = (fill(m * k, 24), quant::to_bytes(dtype, View::new(&fill(n * k, 25), [n, k])?)?);
+    let decoded = quant::to_floats(Weight::new(&w, dtype, [n, k])?)?;
+    let mut q8 = Q8::default();
+    q8.quantize(dtype.activations(), View::new(&x, [m, k])?, &Exec::default())?;
+    let (mut plain, mut integers) = (vec![0.0; m * n], vec![0.0; m * n]);
+    let weights = Weight::new(&w, dtype, [n, k])?;
+    let y = ViewMut::new(&mut plain, [m, n])?;
+    matmul::run(matmul::Args { y, x: View::new(&x, [m, k])?.into(), w: weights }, &Exec::default())?;
+    let y = ViewMut::new(&mut integers, [m, n])?;
+    matmul::run(matmul::Args { y, x: (&q8).into(), w: weights }, &Exec::default())?;
+    for device in devices() {
+        let (stream, x, w) = (device.stream()?, device.upload(&x)?, device.upload(&w)?);
+        let (mut y, mut floats, weights) = (device.zeros(m * n)?, device.zeros(n * k)?, w.weight(dtype, [n, k])?);
+        let args = quant::dequantize::Args { y: floats.view_mut([n, k])?, x: weights };
+        quant::dequantize::queue(args, &stream)?;
+        assert_eq!(floats.download()?, decoded);
+        let args = matmul::Args { y: y.view_mut([m, n])?, x: x.view([m, k])?.into(), w: weights };
+        matmul::queue(args, &stream)?;
+        assert_near(&y.download()?, &plain);
+        let mut q8 = Q8::on(&device)?;
+        q8.queue(dtype.activations(), x.view([m, k])?, &stream)?;
+        matmul::queue(matmul::Args { y: y.view_mut([m, n])?, x: (&q8).into(), w: weights }, &stream)?;
+        assert_near(&y.download()?, &integers);
+    }
+    Ok(())
+}
+
+#[test]
+fn experts_from_logits_to_sum() -> Result<(), Error> {
+    let (t, e, top_k, d, f) = (5, 8, 3, 256, 256);
+    let (logits, x) = (fill(t * e, 26), fill(t * d, 27));
+    let quantized = |dtype, seed| quant::to_bytes(dtype, View::new(&fill(2 * e * f * d, seed), [2 * e * f, d])?);
+    let (gate_up, down) = (quantized(DType::Q4_K, 28)?, quantized(DType::Q6_K, 29)?);
+    let routing = moe::Routing::route(View::new(&logits, [t, e])?, top_k, true, &Exec::default())?;
+    let mut q8 = Q8::default();
+    q8.quantize(DType::Q8_X256, View::new(&x, [t, d])?, &Exec::default())?;
+    let (mut expected, mut h) = (vec![0.0; t * d], moe::Hidden::default());
+    let (gate, up) = Weight::split_gate_up(&gate_up, DType::Q4_K, [e, f, d])?;
+    let args = moe::Args {
+        y: ViewMut::new(&mut expected, [t, d])?,
+        x: (&q8).into(),
+        gate,
+        up,
+        down: Weight::new(&down, DType::Q6_K, [e, d, f])?,
+        routing: &routing,
+        accumulate: false,
+        h: &mut h,
+    };
+    moe::run(args, &Default::default())?;
+    for device in devices() {
+        let (stream, logits, x) = (device.stream()?, device.upload(&logits)?, device.upload(&x)?);
+        let (gate_up, down, mut y) = (device.upload(&gate_up)?, device.upload(&down)?, device.zeros(t * d)?);
+        let (mut routed, mut bad) = (moe::Routing::on(&device)?, device.upload(&[i64::MAX])?);
+        routed.queue_route(logits.view([t, e])?, top_k, true, bad.view_mut([1])?, &stream)?;
+        assert_eq!(routed.ids().download()?, routing.ids());
+        assert_eq!(bad.download()?, [i64::MAX]);
+        let (mut q8, mut h) = (Q8::on(&device)?, moe::Hidden::on(&device)?);
+        q8.queue(DType::Q8_X256, x.view([t, d])?, &stream)?;
+        let (gate, up) = gate_up.weight(DType::Q4_K, [e, 2 * f, d])?.halves()?;
+        let args = moe::Args {
+            y: y.view_mut([t, d])?,
+            x: (&q8).into(),
+            gate,
+            up,
+            down: down.weight(DType::Q6_K, [e, d, f])?,
+            routing: &routed,
+            accumulate: false,
+            h: &mut h,
+        };
+        moe::queue(args, &stream)?;
+        assert_near(&y.download()?, &expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn misuse_is_refused_by_name() -> Result<(), Error> {
+    for device in devices() {
+        let (stream, mut y) = (device.stream()?, device.zeros::<f32>(12)?);
+        let x = device.zeros::<f32>(12)?;
+        let l2 = || norm::Kind::L2;
+        assert!(y.view_mut([13]).unwrap_err().to_string().contains("needs 13 elements"));
+        assert!(device.zeros::<f32>(usize::MAX).unwrap_err().to_string().contains("len"));
+        assert!(y.write(&[1.0]).unwrap_err().to_string().contains("expected 12"));
+        assert!(y.write_at(11, &[1.0; 2]).unwrap_err().to_string().contains("from 11 on"));
+        let args = norm::Args { y: y.view_mut([1, 3, 4])?, x: Some(x.view([1, 4, 3])?), kind: l2(), eps: 0.0 };
+        assert!(matches!(norm::queue(args, &stream), Err(Error::Shape { arg: "x", .. })));
+        let args = norm::Args { y: y.view_mut([1, 3, 4])?, x: None, kind: l2(), eps: -1.0 };
+        assert!(norm::queue(args, &stream).unwrap_err().to_string().contains("eps"));
+        stream.wait()?;
+        assert_eq!(y.download()?, [0.0; 12]);
+    }
+    if let [one, other] = &devices()[..] {
+        let (mut y, x) = (one.zeros::<f32>(4)?, other.zeros::<f32>(4)?);
+        let args =
+            norm::Args { y: y.view_mut([1, 1, 4])?, x: Some(x.view([1, 1, 4])?), kind: norm::Kind::L2, eps: 0.0 };
+        assert!(norm::queue(args, &one.stream()?).unwrap_err().to_string().contains("more than one device"));
+    }
+    Ok(())
+}
+
+/// What `--backend cuda` does on a GPU: suites whose calls are copied to a device and back.
+#[test]
+fn suites_run_on_a_device() {
+    use qwen3next_verify::suite::{assert_passed, Options, Verdict};
+    for device in devices() {
+        let device: &'static Device = Box::leak(Box::new(device));
+        let options = Options {
+            device: Some(device),
+            check: Some("reference".into()),
+            stride: 40,
+            random: 1,
+            ..Options::default()
+        };
+        let (mut ran, mut without) = (0, Vec::new());
+        for entry in qwen3next_verify::cases::all().into_iter().filter(|e| e.op != "model") {
+            let rows = entry.run(&options).unwrap();
+            if rows.iter().all(|r| matches!(r.verdict, Verdict::Skipped(_))) {
+                without.push(entry.op);
+                continue;
+            }
+            assert_passed(&rows);
+            ran += rows.iter().map(|r| r.passed).sum::<usize>();
+        }
+        assert!(ran > 80, "{ran} cases");
+        assert_eq!(without, ["quantize", "repack"], "operators without a kernel");
+    }
+}
+
+/// The model's own checks with all layers on a device, and the golden logits with layers and experts on either side.
+#[test]
+fn models_run_on_a_device() {
+    use qwen3next_model::offload::Placement;
+    use qwen3next_model::{Batch, Model, Weights};
+    use qwen3next_verify::suite::{assert_passed, Options};
+    for device in devices() {
+        let device: &'static Device = Box::leak(Box::new(device));
+        let options = Options { device: Some(device), stride: 3, ..Options::default() };
+        let model = qwen3next_verify::cases::all().into_iter().find(|e| e.op == "model").unwrap();
+        assert_passed(&model.run(&options).unwrap());
+
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/models/ratio3");
+        let open = || {
+            let loaded = Weights::load(folder.as_ref(), &mut |_| ()).unwrap();
+            Model::new(loaded.config, loaded.weights)
+        };
+        let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 50).collect();
+        let logits = |model: &Model| {
+            let mut state = model.state(1, 64, Default::default()).unwrap();
+            model.forward(&mut state, &Batch::one(0, &tokens).logits_from(0), &Default::default()).unwrap()
+        };
+        let expected = logits(&open());
+        for (layers, cpu_experts) in [(0, 0), (1, 0), (2, 3), (usize::MAX, 2), (usize::MAX, usize::MAX)] {
+            let mut model = open();
+            model.offload(device, Placement { layers, cpu_experts }, &mut |_, _| ()).unwrap();
+            assert_near(&logits(&model), &expected);
+        }
+    }
+}
