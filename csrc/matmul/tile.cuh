@@ -475,40 +475,97 @@ Q3N_DEVICE void q3n_slice_f32(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage,
   }
 }
 
-/* Plain types: w is one (bf16), two (f16) or three (f32) bf16 as well; straight from global memory. */
+/* Four values of a plain type as they lie, and as bf16: one (bf16), two (f16) or three (f32) planes. */
+template <int DT> struct q3n_plain4 {
+  static constexpr int PLANES = DT == Q3N_BF16 ? 1 : DT == Q3N_F16 ? 2 : 3;
+  uint32_t raw[DT == Q3N_F32 ? 4 : 2];
+
+  /* Aligned to all four. */
+  __device__ __forceinline__ void load(const uint8_t *p) {
+    if constexpr (DT == Q3N_F32) {
+      const uint4 v = q3n_load<uint4>(p);
+      raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
+    } else {
+      const uint2 v = q3n_load<uint2>(p);
+      raw[0] = v.x, raw[1] = v.y;
+    }
+  }
+  /* At any address; those past N are 0. */
+  __device__ __forceinline__ void gather(const uint8_t *row, int64_t i, int64_t N) {
+    constexpr int SIZE = DT == Q3N_F32 ? 4 : 2;
+    uint32_t x[4];
+    Q3N_UNROLL
+    for (int c = 0; c < 4; c++)
+      x[c] = i + c >= N ? 0 : SIZE == 4 ? q3n_word_at(row + SIZE * (i + c)) : q3n_half_at(row + SIZE * (i + c));
+    if constexpr (SIZE == 4)
+      raw[0] = x[0], raw[1] = x[1], raw[2] = x[2], raw[3] = x[3];
+    else
+      raw[0] = x[0] | x[1] << 16, raw[1] = x[2] | x[3] << 16;
+  }
+  /* Registers `half` and 2 + half of A. */
+  __device__ __forceinline__ void planes(uint32_t (&a)[PLANES][4], int half) const {
+    if constexpr (DT == Q3N_BF16) {
+      a[0][half] = raw[0], a[0][2 + half] = raw[1];
+    } else {
+      float4 v;
+      if constexpr (DT == Q3N_F32)
+        v = make_float4(__uint_as_float(raw[0]), __uint_as_float(raw[1]), __uint_as_float(raw[2]), __uint_as_float(raw[3]));
+      else
+        v = make_float4(q3n_half_float(raw[0] & 0xffffu), q3n_half_float(raw[0] >> 16), q3n_half_float(raw[1] & 0xffffu),
+                        q3n_half_float(raw[1] >> 16));
+      uint32_t plane[3][2];
+      q3n_split4(v, plane);
+      Q3N_UNROLL
+      for (int p = 0; p < PLANES; p++) a[p][half] = plane[p][0], a[p][2 + half] = plane[p][1];
+    }
+  }
+};
+
+/* Plain types, straight from global memory: 64 columns of all rows are on their way together. */
 template <int DT, int RT, int MT, class S>
 Q3N_DEVICE void q3n_slice_plain(float (&y)[RT][MT][4], const q3n_tile_weights &w, const S &x, int64_t slice, int64_t K) {
-  constexpr q3n_dtype T = (q3n_dtype)DT;
-  constexpr int PLANES = T == Q3N_BF16 ? 1 : T == Q3N_F16 ? 2 : 3;
+  constexpr int SIZE = DT == Q3N_F32 ? 4 : 2, PLANES = q3n_plain4<DT>::PLANES, AHEAD = 4;
   const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
   const int64_t first = slice * Q3N_TILE_SLICE;
   const int columns = (int)(K - first < Q3N_TILE_SLICE ? K - first : Q3N_TILE_SLICE);
-  for (int j = 0; j < columns; j += 16) {
-    uint32_t a[RT][3][4];
+  const bool aligned = ((uintptr_t)w.rows | (uintptr_t)w.row_bytes) % (4 * SIZE) == 0;
+  for (int j = 0; j < columns; j += 16 * AHEAD) {
+    q3n_plain4<DT> ahead[AHEAD][RT][2];
+    const bool vectors = aligned && j + 16 * AHEAD <= columns;
     Q3N_UNROLL
-    for (int r = 0; r < RT; r++) {
-      Q3N_UNROLL
-      for (int half = 0; half < 2; half++) {
-        int row = 16 * r + group + 8 * half;
-        if (row >= w.count) row = w.count - 1;
-        uint32_t plane[3][2];
-        q3n_split4(q3n_row_values4(T, w.rows + row * w.row_bytes, first + j + 4 * member, K), plane);
-        Q3N_UNROLL
-        for (int p = 0; p < PLANES; p++) a[r][p][half] = plane[p][0], a[r][p][2 + half] = plane[p][1];
-      }
+    for (int i = 0; i < AHEAD * RT * 2; i++) {
+      const int chunk = i / (RT * 2), r = i / 2 % RT, half = i % 2;
+      int row = 16 * r + group + 8 * half;
+      if (row >= w.count) row = w.count - 1;
+      const uint8_t *from = w.rows + row * w.row_bytes;
+      const int64_t column = first + j + 16 * chunk + 4 * member;
+      if (vectors)
+        ahead[chunk][r][half].load(from + column * SIZE);
+      else
+        ahead[chunk][r][half].gather(from, column, K);
     }
     Q3N_UNROLL
-    for (int n = 0; n < MT; n++) {
-      uint32_t q[3][2];
-      x.planes(8 * n + group, j + 4 * member, q);
-      /* the smallest products first */
+    for (int chunk = 0; chunk < AHEAD; chunk++) {
+      if (j + 16 * chunk >= columns) break;
+      uint32_t a[RT][PLANES][4];
       Q3N_UNROLL
-      for (int p = PLANES + 1; p >= 0; p--) {
+      for (int r = 0; r < RT; r++) {
+        ahead[chunk][r][0].planes(a[r], 0);
+        ahead[chunk][r][1].planes(a[r], 1);
+      }
+      Q3N_UNROLL
+      for (int n = 0; n < MT; n++) {
+        uint32_t q[3][2];
+        x.planes(8 * n + group, j + 16 * chunk + 4 * member, q);
+        /* the smallest products first */
         Q3N_UNROLL
-        for (int k = 0; k < PLANES; k++) {
-          if (p - k < 0 || p - k > 2) continue;
+        for (int p = PLANES + 1; p >= 0; p--) {
           Q3N_UNROLL
-          for (int r = 0; r < RT; r++) q3n_mma_bf16(y[r][n], a[r][k], q[p - k], y[r][n]);
+          for (int k = 0; k < PLANES; k++) {
+            if (p - k < 0 || p - k > 2) continue;
+            Q3N_UNROLL
+            for (int r = 0; r < RT; r++) q3n_mma_bf16(y[r][n], a[r][k], q[p - k], y[r][n]);
+          }
         }
       }
     }
@@ -584,16 +641,16 @@ Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, in
   }
 }
 
-/* Row `row` of w times a row of f32 x, one product after the other. For what came out infinite or NaN of the planes, where
-   infinity times 0 appears, or of a sum of integers times x that is past the largest float before its scale. */
-static __device__ Q3N_NOINLINE float q3n_tile_plain(const q3n_tile_weights &w, int row, const float *x, int64_t K) {
-  const int columns = q3n_block_columns(w.dtype), bytes = q3n_block_bytes(w.dtype);
-  const uint8_t *group = w.rows + row / 16 * 16 * w.row_bytes;
+/* A row of w times a row of f32 x, one product after the other; with `in_group` >= 0 it is that row of the group at `w`.
+   For what came out infinite or NaN of the planes, where infinity times 0 appears, or of a sum of integers times x that is
+   past the largest float before its scale. */
+static __device__ Q3N_NOINLINE float q3n_tile_plain(q3n_dtype t, const uint8_t *w, int in_group, const float *x, int64_t K) {
+  const int columns = q3n_block_columns(t), bytes = q3n_block_bytes(t);
   float sum = 0.0f;
   for (int64_t k = 0; k < K; k += 4) {
-    const float4 v = w.r16 ? q3n_values4(w.dtype, q3n_group_block{group + k / columns * bytes * 16, w.dtype, row % 16},
-                                         (int)(k % columns))
-                           : q3n_row_values4(w.dtype, w.rows + row * w.row_bytes, k, K);
+    const float4 v = in_group < 0 ? q3n_row_values4(t, w, k, K)
+                                  : q3n_values4(t, q3n_group_block{w + k / columns * bytes * 16, t, in_group},
+                                                (int)(k % columns));
     sum = __fmaf_rn(v.x, x[k], sum);
     if (k + 1 < K) sum = __fmaf_rn(v.y, x[k + 1], sum);
     if (k + 2 < K) sum = __fmaf_rn(v.z, x[k + 2], sum);
@@ -606,7 +663,8 @@ static __device__ Q3N_NOINLINE float q3n_tile_plain(const q3n_tile_weights &w, i
 template <bool Q8>
 Q3N_DEVICE float q3n_tile_checked(float y, const q3n_tile_weights &w, int row, const uint8_t *x, int64_t K) {
   if (Q8 || fabsf(y) < __uint_as_float(0x7f800000u)) return y;
-  return q3n_tile_plain(w, row, (const float *)x, K);
+  return q3n_tile_plain(w.dtype, w.rows + (w.r16 ? row / 16 * 16 : row) * w.row_bytes, w.r16 ? row % 16 : -1,
+                        (const float *)x, K);
 }
 
 /* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'. */
