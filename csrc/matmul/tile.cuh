@@ -1,9 +1,9 @@
-/* 16 RT rows of w times 8 MT rows of x on the tensor cores of one warp, for matmul and moe. w lies at any address and is
-   staged 256 columns (a slice) at a time through the warp's own shared memory; two slices are on their way at once.
+/* 16 RT rows of w times 8 MT rows of x on the tensor cores of one warp, for matmul and moe. w lies at any address and
+   is staged 256 columns (a slice) at a time through the warp's own shared memory; two slices are on their way at once.
 
-   The order of every sum depends on K alone: warp `part` of q3n_tile_parts(K) takes slices part, part + parts, ..., blocks
-   in order within them, and q3n_tile_sum adds the parts in order. So any RT, MT and any place of a row in a tile give the
-   same bits. Lanes have y[r][t][i] as mma.cuh says: row 16 r + lane / 4 + i / 2 * 8 of w, row 8 t + lane % 4 * 2 + i % 2
+   The order of every sum depends on K alone: part p of q3n_tile_parts(K) is the slices p, p + parts, ..., blocks in
+   order within them, and the parts are added in order. So any RT, MT and any place of a row in a tile give the same
+   bits. Lanes have y[r][t][i] as mma.cuh says: row 16 r + lane / 4 + i / 2 * 8 of w, row 8 t + lane % 4 * 2 + i % 2
    of x. */
 #ifndef Q3N_MATMUL_TILE_CUH
 #define Q3N_MATMUL_TILE_CUH
@@ -118,7 +118,8 @@ Q3N_DEVICE void q3n_stage(q3n_shared<uint32_t> to, const q3n_tile_weights &w, in
 
 /* Row `row` of a staged slice. */
 template <int DT>
-Q3N_DEVICE q3n_shared_block q3n_staged_row(q3n_shared<uint32_t> stage, const q3n_tile_weights &w, int64_t slice, int row) {
+Q3N_DEVICE q3n_shared_block q3n_staged_row(q3n_shared<uint32_t> stage, const q3n_tile_weights &w, int64_t slice,
+                                           int row) {
   const q3n_dtype t = q3n_tile_dtype<DT>(w);
   if (row >= w.count) row = w.count - 1;
   const uint8_t *begin = w.rows + row * w.row_bytes + slice * q3n_slice_bytes(t);
@@ -129,7 +130,9 @@ Q3N_DEVICE q3n_shared_block q3n_staged_row(q3n_shared<uint32_t> stage, const q3n
 static __device__ Q3N_NOINLINE uint32_t q3n_any_quad(q3n_dtype t, q3n_shared_block b, int j, int in16) {
   return q3n_quad(t, b, j, in16);
 }
-static __device__ Q3N_NOINLINE int q3n_any_scale(q3n_dtype t, q3n_shared_block b, int j) { return q3n_scale16(t, b, j); }
+static __device__ Q3N_NOINLINE int q3n_any_scale(q3n_dtype t, q3n_shared_block b, int j) {
+  return q3n_scale16(t, b, j);
+}
 static __device__ Q3N_NOINLINE int q3n_any_min(q3n_dtype t, q3n_shared_block b, int j) { return q3n_min16(t, b, j); }
 static __device__ Q3N_NOINLINE float q3n_any_d(q3n_dtype t, q3n_shared_block b) { return q3n_block_d(t, b); }
 static __device__ Q3N_NOINLINE float q3n_any_dmin(q3n_dtype t, q3n_shared_block b) { return q3n_block_dmin(t, b); }
@@ -184,7 +187,7 @@ Q3N_DEVICE void q3n_bytes_bf16(uint32_t q, uint32_t &low, uint32_t &high) {
   const uint32_t moved = q ^ 0x80808080u;
   float x[4];
   Q3N_UNROLL
-  for (int i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(moved, 0x4b000000u, 0x7440u + (unsigned)i)) - 8388736.0f;
+  for (unsigned i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(moved, 0x4b000000u, 0x7440u + i)) - 8388736.0f;
   low = q3n_pack_upper(x[0], x[1]);
   high = q3n_pack_upper(x[2], x[3]);
 }
@@ -233,8 +236,8 @@ template <int MT> struct q3n_x_staged {
   }
 };
 
-/* y += for one slice of super-blocks and 8-bit activations: integers over the block; (d S - dmin M) d_x, of which d S is not
-   rounded, so that what cancels in w cancels here. */
+/* y += for one slice of super-blocks and 8-bit activations: integers over the block, then (d S - dmin M) d_x, of which
+   d S is not rounded: what cancels in w cancels here. */
 template <int DT, int RT, int MT, class S>
 Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage, const q3n_tile_weights &w, const S &x,
                                int64_t slice) {
@@ -275,7 +278,8 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
     }
     Q3N_UNROLL
     for (int n = 0; n < MT; n++) {
-      const uint32_t q[2] = {x.word(8 * n + group, 32 * j + 4 * member), x.word(8 * n + group, 32 * j + 16 + 4 * member)};
+      const uint32_t q[2] = {x.word(8 * n + group, 32 * j + 4 * member),
+                             x.word(8 * n + group, 32 * j + 16 + 4 * member)};
       const int zero[4] = {0, 0, 0, 0};
       int c[4];
       Q3N_UNROLL
@@ -317,9 +321,9 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
           Q3N_UNROLL
           for (int half = 0; half < 2; half++)
             low[r][half] += ROLLED ? q3n_tile_min<DT>(t, b[r][half], step * j) * first +
-                                                     q3n_tile_min<DT>(t, b[r][half], step * (j + 2)) * second
-                                               : q3n_signed_byte(m[r][half][j / 4], j % 4) * first +
-                                                     q3n_signed_byte(m[r][half][j / 4], j % 4 + 2) * second;
+                                         q3n_tile_min<DT>(t, b[r][half], step * (j + 2)) * second
+                                   : q3n_signed_byte(m[r][half][j / 4], j % 4) * first +
+                                         q3n_signed_byte(m[r][half][j / 4], j % 4 + 2) * second;
         }
       }
       Q3N_UNROLL
@@ -430,7 +434,8 @@ Q3N_DEVICE void q3n_slice_f32(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage,
         Q3N_UNROLL
         for (int k = 0; k < 2; k++)
           if (k < chunks)
-            q3n_bytes_bf16(q3n_tile_quad<DT>(t, here, super ? j / 16 + k : k, 4 * member), a[r][k][half], a[r][k][2 + half]);
+            q3n_bytes_bf16(q3n_tile_quad<DT>(t, here, super ? j / 16 + k : k, 4 * member), a[r][k][half],
+                           a[r][k][2 + half]);
         const int i = j / (16 * chunks);
         scale[r][half] = q3n_tile_d<DT>(t, here), min[r][half] = q3n_tile_dmin<DT>(t, here);
         if (super)
@@ -509,10 +514,11 @@ template <int DT> struct q3n_plain4 {
     } else {
       float4 v;
       if constexpr (DT == Q3N_F32)
-        v = make_float4(__uint_as_float(raw[0]), __uint_as_float(raw[1]), __uint_as_float(raw[2]), __uint_as_float(raw[3]));
+        v = make_float4(__uint_as_float(raw[0]), __uint_as_float(raw[1]), __uint_as_float(raw[2]),
+                        __uint_as_float(raw[3]));
       else
-        v = make_float4(q3n_half_float(raw[0] & 0xffffu), q3n_half_float(raw[0] >> 16), q3n_half_float(raw[1] & 0xffffu),
-                        q3n_half_float(raw[1] >> 16));
+        v = make_float4(q3n_half_float(raw[0] & 0xffffu), q3n_half_float(raw[0] >> 16),
+                        q3n_half_float(raw[1] & 0xffffu), q3n_half_float(raw[1] >> 16));
       uint32_t plane[3][2];
       q3n_split4(v, plane);
       Q3N_UNROLL
@@ -523,7 +529,8 @@ template <int DT> struct q3n_plain4 {
 
 /* Plain types, straight from global memory: 64 columns of all rows are on their way together. */
 template <int DT, int RT, int MT, class S>
-Q3N_DEVICE void q3n_slice_plain(float (&y)[RT][MT][4], const q3n_tile_weights &w, const S &x, int64_t slice, int64_t K) {
+Q3N_DEVICE void q3n_slice_plain(float (&y)[RT][MT][4], const q3n_tile_weights &w, const S &x, int64_t slice,
+                                int64_t K) {
   constexpr int SIZE = DT == Q3N_F32 ? 4 : 2, PLANES = q3n_plain4<DT>::PLANES, AHEAD = 4;
   const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
   const int64_t first = slice * Q3N_TILE_SLICE;
@@ -593,8 +600,8 @@ template <int RT, int MT> Q3N_DEVICE void q3n_tile_zero(float (&y)[RT][MT][4]) {
   for (int i = 0; i < RT * MT * 4; i++) y[i / (MT * 4)][i / 4 % MT][i % 4] = 0.0f;
 }
 
-/* For few rows of x: the sums of warp `part`. x(j) is row j of x, NULL for none; `words` is the warp's q3n_tile_words of
-   shared memory. */
+/* For few rows of x: the sums of part `part`, by one warp. x(j) is row j of x, NULL for none; `words` is the warp's
+   q3n_tile_words of shared memory. */
 template <int DT, bool Q8, int RT, int MT, class X>
 Q3N_DEVICE void q3n_tile_part(float (&y)[RT][MT][4], q3n_shared<uint32_t> words, const q3n_tile_weights &w, const X &x,
                               int64_t K, int part) {
@@ -623,7 +630,7 @@ static __host__ __device__ __forceinline__ constexpr int q3n_tile_sum_floats(int
   return Q3N_TILE_WARPS * RT * MT * 4 * 32;
 }
 
-/* Adds the parts of warps part, part + 1, ... of `parts` neighbours; part 0 has the result. All threads of the block. */
+/* Adds the parts of `parts` neighbouring warps; the one with part 0 has the result. All threads of the block. */
 template <int RT, int MT>
 Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, int part, int parts) {
   constexpr int COUNT = RT * MT * 4;
@@ -641,10 +648,11 @@ Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, in
   }
 }
 
-/* A row of w times a row of f32 x, one product after the other; with `in_group` >= 0 it is that row of the group at `w`.
-   For what came out infinite or NaN of the planes, where infinity times 0 appears, or of a sum of integers times x that is
-   past the largest float before its scale. */
-static __device__ Q3N_NOINLINE float q3n_tile_plain(q3n_dtype t, const uint8_t *w, int in_group, const float *x, int64_t K) {
+/* A row of w times a row of f32 x, one product after the other; with `in_group` >= 0 it is that row of the group at w.
+   For what came out infinite or NaN of the planes, where infinity times 0 appears, or of a sum of integers times x that
+   is past the largest float before its scale. */
+static __device__ Q3N_NOINLINE float q3n_tile_plain(q3n_dtype t, const uint8_t *w, int in_group, const float *x,
+                                                    int64_t K) {
   const int columns = q3n_block_columns(t), bytes = q3n_block_bytes(t);
   float sum = 0.0f;
   for (int64_t k = 0; k < K; k += 4) {
@@ -667,7 +675,8 @@ Q3N_DEVICE float q3n_tile_checked(float y, const q3n_tile_weights &w, int row, c
                         (const float *)x, K);
 }
 
-/* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'. */
+/* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'
+   own. */
 static __host__ __device__ __forceinline__ constexpr int q3n_block_x_words(bool Q8, int MT) {
   return 8 * MT * (Q8 ? 2 * Q3N_STAGED_X8 : 3 * Q3N_STAGED_PLANE);
 }
