@@ -135,18 +135,6 @@ static q3n_status q3n_launch(const char *name, q3n_dims grid, q3n_dims block, in
   ((void)(stream), q3n_launch(#kernel, grid, block, dynamic_bytes, [&] { kernel arguments; }))
 #endif
 
-/* Bytes of shared memory that a block can have on the current device, static and dynamic; the executor's are an H100's. */
-static inline int64_t q3n_shared_limit() {
-  int bytes = 227 * 1024;
-#if defined(__CUDACC__)
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    bytes = 48 * 1024;
-#endif
-  return bytes;
-}
-
 /* Q3N_CUDA_OPERATOR(op, name) { the launcher }: defines what Q3N_DECLARE_CUDA(op, name) declares, but for scratch,
    which is Q3N_CUDA_SCRATCH(op, name) { ... }. The body sees `a`, `scratch` and `stream`. */
 #if defined(__CUDACC__)

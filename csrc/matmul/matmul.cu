@@ -81,8 +81,8 @@ template <int DT, bool Q8> __global__ void __launch_bounds__(THREADS, 2) many(q3
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* The same bits from both, so this is about time alone: `many` is worth it once its blocks fill a GPU, and some GPUs have
-   not the shared memory. The executor has it from one block on, so that the suite sees it. */
+/* The same bits from both, so this is about time alone: `many` is worth it once its blocks fill a GPU that has the
+   shared memory. The executor has it from one block on, so that the suite sees it. */
 #if defined(__CUDACC__)
 constexpr int64_t FEW_TOKENS = 16, ENOUGH_BLOCKS = 96;
 #else
@@ -91,8 +91,8 @@ constexpr int64_t FEW_TOKENS = 16, ENOUGH_BLOCKS = 1;
 
 template <int DT, bool Q8> q3n_status launch_form(const q3n_matmul_args *a, q3n_stream stream) {
   const int64_t columns = ceil_div(a->M, BLOCK_TOKENS), blocks = ceil_div(a->N, BLOCK_ROWS) * columns;
-  const int64_t bytes = q3n_block_words(DT, Q8, RT, MT) * 4, limit = q3n_shared_limit() - 4 * q3n_tile_sum_floats(RT, MT);
-  if (a->M > FEW_TOKENS && blocks >= ENOUGH_BLOCKS && bytes <= limit)
+  const int64_t bytes = q3n_block_words(DT, Q8, RT, MT) * 4, own = q3n_tile_sum_floats(RT, MT) * 4;
+  if (a->M > FEW_TOKENS && blocks >= ENOUGH_BLOCKS && bytes + own <= q3n_shared_limit())
     return Q3N_LAUNCH((many<DT, Q8>), (*a, columns), blocks, THREADS, bytes, stream);
   const int64_t eights = ceil_div(a->M, 8), rows = Q3N_TILE_WARPS / q3n_tile_parts(a->K) * 16;
   return Q3N_LAUNCH((few<DT, Q8>), (*a, eights), ceil_div(a->N, rows) * eights, THREADS,
