@@ -25,6 +25,7 @@
 //! | [`attention`] | flash attention with grouped heads, and the merge of its parts |
 //! | [`causal_conv`] | depthwise causal convolution with state |
 //! | [`gated_delta`] | the gated delta rule |
+//! | [`layer`] | the small steps between them: rows of a table, sums, gates, rows into a cache |
 //! | [`matmul`] | Y = X Wᵀ with quantised W |
 //! | [`moe`] | router, grouping and expert feed-forward |
 //! | [`activations`] | f32 activations to 8 bits |
@@ -53,6 +54,7 @@ pub mod device;
 pub mod dtype;
 pub mod gated_delta;
 pub mod isa;
+pub mod layer;
 pub mod matmul;
 pub mod memory;
 pub mod moe;

@@ -84,7 +84,7 @@ const ROPE: &str = "rope/rope_scalar.c";
 const MOE: &str = "moe/moe_scalar.c";
 const NORM_CUDA: &str = "norm/norm.cu";
 const SOLVE_CUDA: &str = "solve_tri/solve_tri.cu";
-const DELTA_CUDA: &str = "gated_delta/gated_delta.cu";
+const DELTA_CUDA: &str = "gated_delta/gated_delta_parts.cuh";
 const EXPERTS_CUDA: &str = "moe/moe_experts.cu";
 
 const INVERSE_NORM: &str = "1.0f / sqrtf(gd_dot(x, x, a->K) + a->qk_l2norm_eps)";
