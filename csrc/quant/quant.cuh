@@ -161,7 +161,7 @@ Q3N_DEVICE uint32_t q3n_mxfp4_bytes(uint32_t nibbles) {
   return q3n_levels(nibbles, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
 }
 
-/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16: apart, so that a constant j folds. */
+/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16; two, so that a constant j folds. */
 template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, int in16) {
   constexpr uint32_t NIBBLES = 0x0f0f0f0fu, PAIRS = 0x03030303u, BITS = 0x01010101u;
   const int c = 16 * j, in32 = j % 2 * 16 + in16, high = j % 2 * 4;
@@ -170,7 +170,8 @@ template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, 
     case Q3N_Q4_0: return q3n_bytes_minus(b.word(2 + in16) >> high & NIBBLES, 8);
     case Q3N_Q4_1: return b.word(4 + in16) >> high & NIBBLES;
     case Q3N_Q5_0:
-      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4, 16);
+      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4,
+                             16);
     case Q3N_Q5_1: return (b.word(8 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(4) >> (c + in16)) << 4;
     case Q3N_IQ4_NL: return q3n_iq4_bytes(b.word(2 + in16) >> high & NIBBLES);
     case Q3N_MXFP4: return q3n_mxfp4_bytes(b.word(1 + in16) >> high & NIBBLES);
