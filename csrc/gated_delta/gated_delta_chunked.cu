@@ -58,6 +58,11 @@ __device__ __forceinline__ left split_left(const float (&x)[4]) {
   return y;
 }
 
+__device__ __forceinline__ left split_rows(float2 first, float2 second) {
+  const float x[4] = {first.x, first.y, second.x, second.y};
+  return split_left(x);
+}
+
 __device__ __forceinline__ right split_right(float2 x) {
   right y;
   q3n_split_tf32(x.x, y.high[0], y.low[0]);
@@ -154,26 +159,27 @@ __device__ __forceinline__ void find_decays(gates x, const shared_chunk &ch) {
   ch.until[i] = until;
 }
 
+/* 8 lanes a row. */
 template <int KP>
 __device__ __forceinline__ void find_norms(const q3n_gated_delta_args &a, int n, const shared_chunk &ch) {
-  const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32);
-  for (int row = (int)(threadIdx.x / 32); row < 2 * C; row += warps) {
+  const int member = (int)(threadIdx.x % 8);
+  for (int row = (int)(threadIdx.x / 8); row < 2 * C; row += (int)(blockDim.x / 8)) {
     const int i = row % C;
     float norm = 1.0f;
-    if (a.qk_l2norm && i < n) {
-      float sum = 0.0f;
-      if (lane < KP / 4) {
-        const float4 x = q3n_load<float4>((row < C ? ch.k : ch.q) + place(i, lane / 2, lane % 2 * 4, KP));
-        sum = __fmaf_rn(x.x, x.x, x.y * x.y) + __fmaf_rn(x.z, x.z, x.w * x.w);
+    if (a.qk_l2norm) {
+      const q3n_shared<float> from = row < C ? ch.k : ch.q;
+      float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      Q3N_UNROLL
+      for (int c = 0; c < KP / 8; c += 4) {
+        const float4 x = q3n_load<float4>(from + place(i, c + member / 2, member % 2 * 4, KP));
+        part[0] = __fmaf_rn(x.x, x.x, part[0]), part[1] = __fmaf_rn(x.y, x.y, part[1]);
+        part[2] = __fmaf_rn(x.z, x.z, part[2]), part[3] = __fmaf_rn(x.w, x.w, part[3]);
       }
-      norm = 1.0f / sqrtf(q3n_warp_sum(sum) + a.qk_l2norm_eps);
+      const float sum = q3n_warp_sum((part[0] + part[1]) + (part[2] + part[3]), 8);
+      if (i < n) norm = 1.0f / sqrtf(sum + a.qk_l2norm_eps);
     }
-    if (lane == 0) {
-      if (row < C)
-        ch.key[i] = norm;
-      else
-        ch.query[i] = norm * a.scale;
-    }
+    if (member == 0 && row < C) ch.key[i] = norm;
+    if (member == 0 && row >= C) ch.query[i] = norm * a.scale;
   }
 }
 
@@ -196,47 +202,44 @@ __device__ __forceinline__ void find_ends(const shared_chunk &ch) {
   }
 }
 
-/* A and P: tiles of 16 x 8 on and below the diagonal, of either matrix, warp by warp. */
+/* A and P: tiles of 16 x 8 on and below the diagonal, warp by warp. */
 template <int KP> __device__ __forceinline__ void find_scores(int n, const shared_chunk &ch) {
   const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32), group = lane / 4, member = lane % 4;
-  for (int task = (int)(threadIdx.x / 32); task < 40; task += warps) {
-    const int tile = task / 2, query = task % 2;
+  for (int tile = (int)(threadIdx.x / 32); tile < 20; tile += warps) {
     const int b = tile < 2 ? 0 : tile < 6 ? 1 : tile < 12 ? 2 : 3, i0 = b * BLOCK, j0 = (tile - b * (b + 1)) * 8;
     if (i0 >= n) break;
-    const q3n_shared<float> rows = query ? ch.q : ch.k;
-    sums x;
-    clear(x);
+    sums kk, qk;
+    clear(kk), clear(qk);
     Q3N_UNROLL
-    for (int c = 0; c < KP; c += 8) {
-      float l[4];
-      Q3N_UNROLL
-      for (int i = 0; i < 2; i++) {
-        const float2 pair = q3n_load<float2>(rows + place(i0 + group + 8 * i, c / 8, 2 * member, KP));
-        l[2 * i] = pair.x, l[2 * i + 1] = pair.y;
-      }
-      add_product(x, split_left(l), split_right(q3n_load<float2>(ch.k + place(j0 + group, c / 8, 2 * member, KP))));
+    for (int c = 0; c < KP / 8; c++) {
+      const right key = split_right(q3n_load<float2>(ch.k + place(j0 + group, c, 2 * member, KP)));
+      const int from = place(i0 + group, c, 2 * member, KP), below = place(i0 + group + 8, c, 2 * member, KP);
+      add_product(kk, split_rows(q3n_load<float2>(ch.k + from), q3n_load<float2>(ch.k + below)), key);
+      add_product(qk, split_rows(q3n_load<float2>(ch.q + from), q3n_load<float2>(ch.q + below)), key);
     }
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
       const int i = i0 + group + 8 * r;
-      const float mine = query ? (float)ch.query[i] : (float)ch.key[i];
+      const float beta = ch.beta[i], ki = ch.key[i], qi = ch.query[i];
       const double reach = (double)ch.since[i] * over_blocks(ch, j0 / BLOCK + 1, b);
-      float pair[2];
+      float a[2] = {0.0f, 0.0f}, p[2] = {0.0f, 0.0f};
       Q3N_UNROLL
       for (int m = 0; m < 2; m++) {
-        const int j = j0 + 2 * member + m;
-        pair[m] = 0.0f;
+        const int j = j0 + 2 * member + m, x = 2 * r + m;
         if (j > i) continue;
+        const float key = ch.key[j];
         const float decay = j0 >= i0 ? (float)ch.near[(i - j) * C + j] : (float)(reach * (double)ch.until[j]);
-        const float value = (x.large[2 * r + m] + x.rest[2 * r + m]) * (mine * (float)ch.key[j]);
+        const float product = (qk.large[x] + qk.rest[x]) * (qi * key);
         if (j == i) {
-          if (query) ch.self[i] = value;
-          continue;
+          ch.self[i] = product;
+        } else {
+          a[m] = (kk.large[x] + kk.rest[x]) * (ki * key) * (beta * decay * SCALE);
+          p[m] = product * (decay * SCALE);
+          if (!small(a[m])) atomicMin(&ch.bad[0], i);
         }
-        pair[m] = value * ((query ? decay : (float)ch.beta[i] * decay) * SCALE);
-        if (!query && !small(pair[m])) atomicMin(&ch.bad[0], i);
       }
-      q3n_store((query ? ch.p : ch.a) + place(i, j0 / 8, 2 * member, C), make_float2(pair[0], pair[1]));
+      q3n_store(ch.a + place(i, j0 / 8, 2 * member, C), make_float2(a[0], a[1]));
+      q3n_store(ch.p + place(i, j0 / 8, 2 * member, C), make_float2(p[0], p[1]));
     }
   }
 }
@@ -593,9 +596,10 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
   return true;
 }
 
-/* One block: ROWS rows a warp of one head. */
+/* One block: ROWS rows a warp of one head. Asked for one block, ptxas finds registers for the small sizes, and not asked,
+   for the large one; else it spills. */
 template <int KP>
-__global__ void __launch_bounds__(WARPS * 32, 1)
+__global__ void __launch_bounds__(WARPS * 32, KP < 128)
     chunked(q3n_gated_delta_args a, int64_t blocks_per_head, int64_t items, bool token_vectors, bool state_vectors) {
   const int warps = (int)(blockDim.x / 32), warp = (int)(threadIdx.x / 32);
   constexpr int64_t TOKENS = 4 * C * KP;

@@ -61,11 +61,25 @@ Q3N_DEVICE float q3n_half_float(uint32_t h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)h));
   return x;
 }
+/* To nearest, ties to even, as q3n_f32_to_f16, which also keeps what it can of a NaN. */
+Q3N_DEVICE uint32_t q3n_float_half(float x) {
+  const uint32_t u = __float_as_uint(x);
+  unsigned short h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return x == x ? h : 0x7e00u | (u >> 13 & 0x3ffu) | (u >> 16 & 0x8000u);
+}
 #else
 Q3N_DEVICE float q3n_half_float(uint32_t h) { return q3n_f16_to_f32((uint16_t)h); }
+Q3N_DEVICE uint32_t q3n_float_half(float x) { return q3n_f32_to_f16(x); }
 #endif
 
 Q3N_DEVICE float q3n_bf16_float(uint32_t h) { return __uint_as_float(h << 16); }
+
+/* As q3n_f32_to_bf16. */
+Q3N_DEVICE uint32_t q3n_float_bf16(float x) {
+  const uint32_t u = __float_as_uint(x);
+  return x == x ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : u >> 16 | 0x40u;
+}
 
 /* Four bytes at any address, none beside them touched. */
 Q3N_DEVICE uint32_t q3n_word_at(const uint8_t *p) {
