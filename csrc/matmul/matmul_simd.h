@@ -47,7 +47,7 @@ static inline __attribute__((always_inline)) q3n_status q3n_matmul_q8(const q3n_
     const q3n_q8_weights w = q3n_q8_weights_of(by, a->w, a->dtype, first, count, a->w_n, a->K, a->M, scratch);
     const uint8_t *next = q3n_q8_next(a->w, a->dtype, first + Q3N_TILE_ROWS, a->N, a->w_n, a->K, &w);
     for (int64_t m = 0, tokens; m < a->M; m += tokens) {
-      tokens = q3n_q8_take(a->M - m);
+      tokens = q3n_q8_take(by, a->M - m);
       const uint8_t *x[Q3N_Q8_TOKENS];
       float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
       for (int64_t t = 0; t < tokens; t++) x[t] = q3n_element(a->x, a->x_dtype, (m + t) * a->x_m);

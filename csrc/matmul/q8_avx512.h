@@ -86,4 +86,18 @@ static inline k_scales unpack_k_scales(__m512i a, __m512i b, __m512i c) {
   return s;
 }
 
+/* Scale j of 16 rows as integers, and minima of sub-blocks in the order of words_of, two a row, out of the group. */
+static inline __m512i k_scale(const uint8_t *w, int j) {
+  const __m512i four = _mm512_set1_epi32(15), top = _mm512_set1_epi32(0x30), six = _mm512_set1_epi32(63);
+  if (j < 4) return _mm512_and_si512(right32(load(w + 64), 8 * j), six);
+  return _mm512_or_si512(_mm512_and_si512(right32(load(w + 192), 8 * j - 32), four),
+                         _mm512_and_si512(right32(load(w + 64), 8 * j - 30), top));
+}
+static inline __m512i k_mins(const uint8_t *w, int i) {
+  const __m512i four = _mm512_set1_epi16(15), top = _mm512_set1_epi16(0x30), six = _mm512_set1_epi16(63);
+  if (i < 2) return _mm512_and_si512(right32(load(w + 128), 8 * i), six);
+  return _mm512_or_si512(_mm512_and_si512(right32(load(w + 192), 8 * i - 12), four),
+                         _mm512_and_si512(right32(load(w + 128), 8 * i - 14), top));
+}
+
 #endif

@@ -3,6 +3,7 @@
 #ifndef Q3N_MATMUL_Q8_PRODUCTS_H
 #define Q3N_MATMUL_Q8_PRODUCTS_H
 
+#include "../base/check.h"
 #include "../quant/quant_blocks.h"
 #include "../quant/repack_simd.h"
 #include "matmul_block.h"
@@ -18,15 +19,17 @@ typedef struct {
 /* An instruction set's products. rows_of may be NULL, and so may what it returns: rows are interleaved then. */
 typedef struct {
   q3n_q8_tile_of *tile_of;
+  int64_t most; /* rows of x that a tile takes: 6 or 10 */
   q3n_q8_rows_of *rows_of;
 } q3n_q8_products;
 
-/* How many of `left` rows of x the next product takes. Measured: README.md. Tiles exist for 1 to 6, 8 and 10 rows, and
-   even cuts waste least; up to 4 rows in all meet rows that are not interleaved as they lie. */
+/* How many of `left` rows of x the next product takes. Measured: README.md. Even cuts waste least; tiles exist for 1 to
+   6, 8 and 10 rows. Up to 4 rows in all meet rows that are not interleaved as they lie. */
 enum { Q3N_Q8_ROWS_TOKENS = 4 };
-static inline int64_t q3n_q8_take(int64_t left) {
+static inline int64_t q3n_q8_take(q3n_q8_products by, int64_t left) {
   static const int8_t take[] = {0, 1, 2, 3, 4, 5, 6, 4, 8, 5, 10, 6, 6, 8, 8, 10, 8};
-  return left < 17 ? take[left] : 10;
+  if (by.most == Q3N_Q8_TOKENS) return left < 17 ? take[left] : 10;
+  return q3n_ceil_div(left, q3n_ceil_div(left, by.most));
 }
 
 /* Rows first .. first + count - 1 (count <= 32) of w for `tokens` rows of x: where they lie if w is interleaved or the
@@ -57,9 +60,10 @@ static inline q3n_q8_weights q3n_q8_weights_of(q3n_q8_products by, const void *w
 static inline void q3n_q8_multiply(q3n_q8_products by, q3n_dtype type, float *y, const q3n_q8_weights *w,
                                    const uint8_t *const *x, int64_t tokens, int64_t blocks, const uint8_t *next) {
   /* without blocks w may be NULL */
-  if (w->group[0] || blocks == 0)
+  if (w->group[0] || blocks == 0) {
+    memset(y, 0, (size_t)tokens * Q3N_TILE_ROWS * sizeof *y);
     by.tile_of(type, tokens)(y, w->group[0], w->group[1], x, blocks, next);
-  else
+  } else
     by.rows_of(type, tokens)(y, w->row, x, blocks, next);
 }
 

@@ -21,14 +21,8 @@
 #define M 6
 #define EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #include "q8_tile_avx512vnni.inc"
-#define M 8
-#define EACH(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#include "q8_tile_avx512vnni.inc"
-#define M 10
-#define EACH(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9)
-#include "q8_tile_avx512vnni.inc"
 
-#define TILES(op) {op##_1, op##_2, op##_3, op##_4, op##_5, op##_6, NULL, op##_8, NULL, op##_10}
+#define TILES(op) {op##_1, op##_2, op##_3, op##_4, op##_5, op##_6}
 
 q3n_q8_tile *q3n_q8_tile_avx512vnni(q3n_dtype dtype, int64_t tokens) {
   static q3n_q8_tile *const q4_k[] = TILES(q4_k), *const q5_k[] = TILES(q5_k), *const q6_k[] = TILES(q6_k);
