@@ -86,12 +86,15 @@ static inline k_scales unpack_k_scales(__m512i a, __m512i b, __m512i c) {
   return s;
 }
 
-/* Scale j of 16 rows as integers, and minima of sub-blocks in the order of words_of, two a row, out of the group. */
-static inline __m512i k_scale(const uint8_t *w, int j) {
-  const __m512i four = _mm512_set1_epi32(15), top = _mm512_set1_epi32(0x30), six = _mm512_set1_epi32(63);
-  if (j < 4) return _mm512_and_si512(right32(load(w + 64), 8 * j), six);
-  return _mm512_or_si512(_mm512_and_si512(right32(load(w + 192), 8 * j - 32), four),
-                         _mm512_and_si512(right32(load(w + 64), 8 * j - 30), top));
+/* Out of a group: scales 2 pair and 2 pair + 1 of 16 rows, in bytes 0 and 1; minima of sub-blocks, two a row, in the
+   order of words_of. */
+static inline __m512i k_scales_of(const uint8_t *w, int pair) {
+  const __m512i six = _mm512_set1_epi8(63), four = _mm512_set1_epi8(15), top = _mm512_set1_epi8(0x30);
+  const __m512i a = load(w + 64);
+  const __m512i scales = pair < 2 ? _mm512_and_si512(a, six)
+                                  : _mm512_or_si512(_mm512_and_si512(load(w + 192), four),
+                                                    _mm512_and_si512(_mm512_srli_epi16(a, 2), top));
+  return _mm512_srl_epi32(scales, _mm_cvtsi32_si128(16 * (pair % 2)));
 }
 static inline __m512i k_mins(const uint8_t *w, int i) {
   const __m512i four = _mm512_set1_epi16(15), top = _mm512_set1_epi16(0x30), six = _mm512_set1_epi16(63);

@@ -32,6 +32,18 @@ static inline int64_t q3n_q8_take(q3n_q8_products by, int64_t left) {
   return q3n_ceil_div(left, q3n_ceil_div(left, by.most));
 }
 
+/* How many rows of x, of that many bytes, meet all of w before the next ones come: they stay in the second cache. */
+#ifndef PANEL
+#define PANEL 192
+#endif
+#ifndef XBYTES
+#define XBYTES (400 * 1024)
+#endif
+static inline int64_t q3n_q8_panel(int64_t row_bytes) {
+  const int64_t rows = XBYTES / (row_bytes + 1) / 30 * 30;
+  return rows < 30 ? 30 : rows;
+}
+
 /* Rows first .. first + count - 1 (count <= 32) of w for `tokens` rows of x: where they lie if w is interleaved or the
    tokens are few, else interleaved into scratch (32 rows of blocks). Rows past the count repeat the last. */
 static inline q3n_q8_weights q3n_q8_weights_of(q3n_q8_products by, const void *w, q3n_dtype dtype, int64_t first,
@@ -60,10 +72,9 @@ static inline q3n_q8_weights q3n_q8_weights_of(q3n_q8_products by, const void *w
 static inline void q3n_q8_multiply(q3n_q8_products by, q3n_dtype type, float *y, const q3n_q8_weights *w,
                                    const uint8_t *const *x, int64_t tokens, int64_t blocks, const uint8_t *next) {
   /* without blocks w may be NULL */
-  if (w->group[0] || blocks == 0) {
-    memset(y, 0, (size_t)tokens * Q3N_TILE_ROWS * sizeof *y);
+  if (w->group[0] || blocks == 0)
     by.tile_of(type, tokens)(y, w->group[0], w->group[1], x, blocks, next);
-  } else
+  else
     by.rows_of(type, tokens)(y, w->row, x, blocks, next);
 }
 
