@@ -44,7 +44,7 @@ static inline __attribute__((always_inline)) q3n_status q3n_matmul_q8(const q3n_
   for (int64_t from = 0; from < a->M; from += panel) {
     const int64_t to = a->M - from < panel ? a->M : from + panel;
     for (int64_t item = begin; item < end; item++) {
-      const int64_t first = item * Q3N_TILE_ROWS, after = item + 1 < end ? first + Q3N_TILE_ROWS : begin * Q3N_TILE_ROWS;
+      const int64_t first = item * Q3N_TILE_ROWS, after = (item + 1 < end ? item + 1 : begin) * Q3N_TILE_ROWS;
       const int64_t count = a->N - first < Q3N_TILE_ROWS ? a->N - first : Q3N_TILE_ROWS;
       const q3n_q8_weights w = q3n_q8_weights_of(by, a->w, a->dtype, first, count, a->w_n, a->K, a->M, scratch);
       const uint8_t *next = q3n_q8_next(a->w, a->dtype, after, a->N, a->w_n, a->K, &w);
@@ -54,10 +54,7 @@ static inline __attribute__((always_inline)) q3n_status q3n_matmul_q8(const q3n_
         _Alignas(64) float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
         for (int64_t t = 0; t < tokens; t++) {
           x[t] = q3n_element(a->x, a->x_dtype, (m + t) * a->x_m);
-#ifdef PFW
-          __builtin_prefetch(a->y + (m + t) * a->y_m + first, 1);
-          __builtin_prefetch(a->y + (m + t) * a->y_m + first + 16, 1);
-#endif
+          q3n_q8_expect(a->y + (m + t) * a->y_m + first, count);
         }
         q3n_q8_multiply(by, type, y, &w, x, tokens, blocks, m + tokens < to ? w.group[0] : next);
         for (int64_t t = 0; t < tokens; t++)

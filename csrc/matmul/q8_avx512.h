@@ -58,14 +58,14 @@ static inline __m512i signed_words_of(__m512i v, int i) {
   return _mm512_srai_epi16(i ? v : _mm512_slli_epi16(v, 8), 8);
 }
 
-/* Bit j of every byte, as the value 16. */
-static inline __m512i fifth_bit(__m512i v, int j) {
-  const __m512i moved = j < 4 ? left16(v, 4 - j) : right16(v, j - 4);
-  return _mm512_and_si512(moved, _mm512_set1_epi8(16));
+/* Bit `at`, the same in all lanes, of every byte as the value 16. A rotation, or a shift of a vector by one count, would
+   take a multiplier's turn on Zen 5. */
+static inline __m512i fifth_bit(__m512i v, __m512i at) {
+  return _mm512_and_si512(left16(_mm512_srlv_epi16(v, at), 4), _mm512_set1_epi8(16));
 }
 
 /* Bits `at` and at + 1 of every byte moved to bits 4 and 5; the others are noise. */
-static inline __m512i rotate(__m512i v, int at) {
+static inline __m512i bits_to_4(__m512i v, int at) {
   return at < 4 ? left16(v, 4 - at) : right16(v, at - 4);
 }
 

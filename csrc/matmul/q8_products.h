@@ -32,16 +32,17 @@ static inline int64_t q3n_q8_take(q3n_q8_products by, int64_t left) {
   return q3n_ceil_div(left, q3n_ceil_div(left, by.most));
 }
 
-/* How many rows of x, of that many bytes, meet all of w before the next ones come: they stay in the second cache. */
-#ifndef PANEL
-#define PANEL 192
-#endif
-#ifndef XBYTES
-#define XBYTES (400 * 1024)
-#endif
+/* How many rows of x, of so many bytes, meet all of w before the next ones come: they stay in the second cache. Even cuts
+   into sixes and tens. */
+enum { Q3N_Q8_PANEL_BYTES = 400 * 1024 };
 static inline int64_t q3n_q8_panel(int64_t row_bytes) {
-  const int64_t rows = XBYTES / (row_bytes + 1) / 30 * 30;
-  return rows < 30 ? 30 : rows;
+  const int64_t rows = row_bytes ? Q3N_Q8_PANEL_BYTES / row_bytes / 30 * 30 : 0;
+  return rows ? rows : 30;
+}
+
+/* The 32 values at y will be written soon: a few rows are too short a run for the hardware to see. */
+static inline void q3n_q8_expect(const float *y, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(y + i, 1);
 }
 
 /* Rows first .. first + count - 1 (count <= 32) of w for `tokens` rows of x: where they lie if w is interleaved or the
