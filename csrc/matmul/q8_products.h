@@ -19,25 +19,25 @@ typedef struct {
 /* An instruction set's products. rows_of may be NULL, and so may what it returns: rows are interleaved then. */
 typedef struct {
   q3n_q8_tile_of *tile_of;
-  int64_t most; /* rows of x that a tile takes: 6 or 10 */
+  int64_t most; /* rows of x that a tile takes: 10 or 12 */
   q3n_q8_rows_of *rows_of;
 } q3n_q8_products;
 
 /* How many of `left` rows of x the next product takes. Measured: README.md. Even cuts waste least; tiles exist for 1 to
-   6, 8 and 10 rows. Up to 4 rows in all meet rows that are not interleaved as they lie. */
+   6, 8, 10 and, where `most` is 12, 12 rows. Up to 4 rows in all meet rows that are not interleaved as they lie. */
 enum { Q3N_Q8_ROWS_TOKENS = 4 };
 static inline int64_t q3n_q8_take(q3n_q8_products by, int64_t left) {
   static const int8_t take[] = {0, 1, 2, 3, 4, 5, 6, 4, 8, 5, 10, 6, 6, 8, 8, 10, 8};
-  if (by.most == Q3N_Q8_TOKENS) return left < 17 ? take[left] : 10;
-  return q3n_ceil_div(left, q3n_ceil_div(left, by.most));
+  if (left > 16 || (left == 12 && by.most == 12)) return by.most;
+  return take[left];
 }
 
 /* How many rows of x, of so many bytes, meet all of w before the next ones come: they stay in the second cache. Even cuts
-   into sixes and tens. */
+   into tens and twelves. */
 enum { Q3N_Q8_PANEL_BYTES = 400 * 1024 };
 static inline int64_t q3n_q8_panel(int64_t row_bytes) {
-  const int64_t rows = row_bytes ? Q3N_Q8_PANEL_BYTES / row_bytes / 30 * 30 : 0;
-  return rows ? rows : 30;
+  const int64_t rows = row_bytes ? Q3N_Q8_PANEL_BYTES / row_bytes / 60 * 60 : 0;
+  return rows ? rows : 60;
 }
 
 /* The 32 values at y will be written soon: a few rows are too short a run for the hardware to see. */
