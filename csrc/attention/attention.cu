@@ -8,8 +8,8 @@
    so every element of K and V is read and converted once a block, from global memory to the fragments of B; no copy of
    them lies in shared memory. Keys go by segments of 256, counted from kv_begin. A segment's sums are complete before
    they are folded into the row's total, in the order of the segments: by the block itself (the total lies in o
-   meanwhile) or, split, by a second kernel from scratch. Both do the same arithmetic, and a row's does not depend on the
-   rows beside it: a query gives the same bits in every batch and split. README.md has the precision and the floors. */
+   meanwhile) or, split, by a second kernel from scratch. Both do the same arithmetic, and a row's does not depend on
+   those beside it: a query gives the same bits in every batch and split. README.md has the precision and the floors. */
 #include "../cuda/mma.cuh"
 #include "../cuda/reduce.cuh"
 
@@ -43,8 +43,8 @@ __device__ __forceinline__ float f16_value(uint32_t u) {
 inline float f16_value(uint32_t u) { return q3n_f16_to_f32((uint16_t)u); }
 #endif
 
-/* How products are made of a cache of type KV. 16-bit floats are B as they lie, and A is two (f16) or three (bf16) terms
-   of theirs; otherwise both sides are tf32, A two terms, split where it is read, B the terms of a value. */
+/* How products are made of a cache of type KV. 16-bit floats are B as they lie, and A is two (f16) or three (bf16)
+   terms of theirs; otherwise both sides are tf32, A two terms, split where it is read, B the terms of a value. */
 template <q3n_dtype KV> constexpr bool PAIRS = KV == Q3N_F16 || KV == Q3N_BF16;
 /* Terms of A as stored; floats are split later. */
 template <q3n_dtype KV> constexpr int A_TERMS = KV == Q3N_F16 ? 2 : KV == Q3N_BF16 ? 3 : 1;
@@ -137,7 +137,8 @@ template <q3n_dtype KV> __device__ __forceinline__ bool special(const octet<KV> 
     return !finite(v.d);
   } else {
     /* an exponent of all ones plus one carries into the sign */
-    constexpr uint32_t ones = KV == Q3N_F16 ? 0x7c007c00u : 0x7f807f80u, one = KV == Q3N_F16 ? 0x04000400u : 0x00800080u;
+    constexpr uint32_t ones = KV == Q3N_F16 ? 0x7c007c00u : 0x7f807f80u;
+    constexpr uint32_t one = KV == Q3N_F16 ? 0x04000400u : 0x00800080u;
     uint32_t carry = 0;
     Q3N_UNROLL
     for (int i = 0; i < 4; i++) carry |= (v.w[i] & ones) + one;
@@ -526,7 +527,8 @@ template <q3n_dtype KV> __device__ __forceinline__ uint32_t seen(uint32_t weight
 
 template <q3n_dtype KV, int MT>
 __device__ __forceinline__ void add_special(float (&sum)[MT][8][4], q3n_shared<uint32_t> weight,
-                                            const octet<KV> (&v)[STEP_OCTETS<KV>], int tile0, int tile_step, int tiles) {
+                                            const octet<KV> (&v)[STEP_OCTETS<KV>], int tile0, int tile_step,
+                                            int tiles) {
   Q3N_UNROLL
   for (int m = 0; m < MT; m++) {
     if (tile0 + tile_step * m >= tiles) break;
@@ -555,8 +557,8 @@ __device__ __forceinline__ void add_special(float (&sum)[MT][8][4], q3n_shared<u
 
 /* The values of keys `key0` .. of a lane's step: its octets, of which those from `n` on are 0. */
 template <q3n_dtype KV, bool VECTOR>
-__device__ __forceinline__ void read_step(octet<KV> (&v)[STEP_OCTETS<KV>], const void *cache, int64_t at, int64_t stride,
-                                          int key0, int n, int64_t c, int64_t D) {
+__device__ __forceinline__ void read_step(octet<KV> (&v)[STEP_OCTETS<KV>], const void *cache, int64_t at,
+                                          int64_t stride, int key0, int n, int64_t c, int64_t D) {
   Q3N_UNROLL
   for (int j = 0; j < STEP_OCTETS<KV>; j++) {
     const int key = key0 + (int)(threadIdx.x % 4) + 4 * j;

@@ -41,13 +41,14 @@ __device__ __forceinline__ void store(const q3n_matmul_args &a, const tile<Q8, R
 }
 
 /* Blocks a multiprocessor: as many as their registers allow without spills. */
-constexpr int few_blocks(int dtype, bool Q8) {
-  return dtype == Q3N_TILE_ANY || dtype == Q3N_Q6_K || (!Q8 && (dtype == Q3N_Q4_K || dtype == Q3N_Q5_K)) ? 4 : 5;
-}
+template <int DT, bool Q8> struct few_form {
+  static constexpr bool LARGE = DT == Q3N_TILE_ANY || DT == Q3N_Q6_K || (!Q8 && (DT == Q3N_Q4_K || DT == Q3N_Q5_K));
+  static constexpr int BLOCKS = LARGE ? 4 : 5;
+};
 
 /* Few rows of x: 16 rows of w and 8 of x, the warps share K. Blocks of the same rows of w lie next to each other. */
 template <int DT, bool Q8>
-__global__ void __launch_bounds__(THREADS, few_blocks(DT, Q8)) few(q3n_matmul_args a, int64_t columns) {
+__global__ void __launch_bounds__(THREADS, (few_form<DT, Q8>::BLOCKS)) few(q3n_matmul_args a, int64_t columns) {
   Q3N_SHARED_DYNAMIC(uint32_t, words, 0, Q3N_TILE_WARPS * q3n_tile_words(DT, 1));
   Q3N_SHARED(float, floats, q3n_tile_sum_floats(1, 1));
   const int parts = q3n_tile_parts(a.K), warp = (int)(threadIdx.x / 32), part = warp % parts;

@@ -82,6 +82,7 @@ const CONV: &str = "causal_conv/causal_conv_scalar.c";
 const NORM: &str = "norm/norm_scalar.c";
 const ROPE: &str = "rope/rope_scalar.c";
 const MOE: &str = "moe/moe_scalar.c";
+const ATTENTION_CUDA: &str = "attention/attention.cu";
 const NORM_CUDA: &str = "norm/norm.cu";
 const SOLVE_CUDA: &str = "solve_tri/solve_tri.cu";
 const DELTA_CUDA: &str = "gated_delta/gated_delta_parts.cuh";
@@ -287,6 +288,17 @@ pub const CATALOGUE: &[Mutant] = &[
         "solve_tri",
         "cuda_host",
         &[at(SOLVE_CUDA, "        }\n      }\n      __syncthreads();", "        }\n      }")],
+    ),
+    cuda(
+        "16d",
+        "a barrier is missing: values are added with weights that other warps still write",
+        "attention",
+        "cuda_host",
+        &[at(
+            ATTENTION_CUDA,
+            "      __syncthreads();\n\n      Q3N_UNROLL\n      for (int g = 0;",
+            "      Q3N_UNROLL\n      for (int g = 0;",
+        )],
     ),
     kernel(
         "17a",
