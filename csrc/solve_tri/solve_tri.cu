@@ -1,4 +1,4 @@
-/* Two kernels. n of 16, 32, 48, 64 on tensor cores: the 16 x 16 triangles on the diagonal are inverted by substitution,
+/* Two kernels. Unit triangles of n = 16, 32, 48, 64 on tensor cores: the 16 x 16 triangles on the diagonal are inverted by substitution,
    all else are products. A warp has 16 columns, which lie across its lanes transposed, so that the rows of X that are
    done are left factors as they stand.
 
@@ -68,7 +68,6 @@ __device__ __forceinline__ void solve_one(const q3n_solve_tri_args &a, int64_t e
   for (int64_t i = 0; i < a.n; i++) {
     float sum = a.b ? a.b[entry * a.b_batch + i * a.b_row + column] : (column == i ? 1.0f : 0.0f);
     for (int64_t j = 0; j < i; j++) sum = __fmaf_rn(-l[i * a.l_row + j], x[j * a.x_row], sum);
-    if (!a.unit_diagonal) sum = sum / l[i * a.l_row + i];
     x[i * a.x_row] = !a.b && column > i ? 0.0f : sum;
   }
 }
@@ -79,9 +78,8 @@ __device__ __forceinline__ q3n_right rows_of(q3n_shared<float> l, int i, int j) 
 }
 
 __global__ void __launch_bounds__(WIDE_WARPS * 32) solve_blocks(q3n_solve_tri_args a, int64_t blocks, int64_t items) {
-  Q3N_SHARED(float, l, WIDE_N * WIDE_N);                  /* zeros above the diagonal */
-  Q3N_SHARED(float, diagonal, WIDE_N);
-  Q3N_SHARED(float, done, WIDE_WARPS * WIDE_N * BLOCK);   /* X, every number with the lane that made it */
+  Q3N_SHARED(float, l, WIDE_N * WIDE_N);                /* zeros above the diagonal */
+  Q3N_SHARED(float, done, WIDE_WARPS * WIDE_N * BLOCK); /* X, every number with the lane that made it */
   const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32), group = lane / 4, member = lane % 4;
   const int n = (int)a.n, warps = (int)(blockDim.x / 32);
   const q3n_shared<float> x = done + warp * WIDE_N * BLOCK;
@@ -91,10 +89,7 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32) solve_blocks(q3n_solve_tri_ar
     __syncthreads(); /* the item before is done with */
     for (int k = (int)threadIdx.x; k < n * n; k += (int)blockDim.x) {
       const int i = k / n, j = k % n;
-      float v = j < i ? from[i * a.l_row + j] : 0.0f;
-      if (i / BLOCK == j / BLOCK && j < i && !a.unit_diagonal) v = v / from[i * a.l_row + i];
-      l[q3n_place(i, j / 8, j % 8, WIDE_N)] = v;
-      if (i == j) diagonal[i] = a.unit_diagonal ? 1.0f : from[i * a.l_row + i];
+      l[q3n_place(i, j / 8, j % 8, WIDE_N)] = j < i ? from[i * a.l_row + j] : 0.0f;
     }
     __syncthreads();
     q3n_invert_diagonal(n, 1.0f, l);
@@ -126,8 +121,7 @@ __global__ void __launch_bounds__(WIDE_WARPS * 32) solve_blocks(q3n_solve_tri_ar
       Q3N_UNROLL
       for (int h = 0; h < 2; h++) {
         Q3N_UNROLL
-        for (int k = 0; k < 4; k++)
-          w[h][k] = (w[h][k] - (sum[h].large[k] + sum[h].rest[k])) / diagonal[i0 + 8 * h + 2 * member + k % 2];
+        for (int k = 0; k < 4; k++) w[h][k] -= sum[h].large[k] + sum[h].rest[k];
         q3n_clear(sum[h]);
       }
       Q3N_UNROLL
@@ -175,7 +169,7 @@ Q3N_CUDA_SCRATCH(solve_tri, solve_tri) {
 Q3N_CUDA_OPERATOR(solve_tri, solve_tri) {
   (void)scratch;
   if (a->n == 0 || a->m == 0) return Q3N_OK;
-  if (a->n % BLOCK == 0 && a->n <= WIDE_N) {
+  if (a->unit_diagonal && a->n % BLOCK == 0 && a->n <= WIDE_N) {
     const int64_t tiles = (a->m + BLOCK - 1) / BLOCK, warps = tiles < WIDE_WARPS ? tiles : WIDE_WARPS;
     const int64_t blocks = (tiles + warps - 1) / warps, items = a->batch * blocks;
     return Q3N_LAUNCH(solve_blocks, (*a, blocks, items), items < INT32_MAX ? items : INT32_MAX, warps * 32, 0, stream);
