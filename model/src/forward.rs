@@ -139,8 +139,8 @@ impl Model {
         }
     }
 
-    /// Copies layers to a device, where they are computed from now on. `progress` gets bytes done and in all. Weights must
-    /// not have been repacked. Errors: not enough memory there, naming the part.
+    /// Copies layers to a device, where they are computed from now on, as they are: before a [`Model::repack`]. `progress`
+    /// gets bytes done and in all. Errors: not enough memory there, naming the part.
     #[cfg(feature = "device")]
     pub fn offload(
         &mut self,
@@ -178,10 +178,15 @@ impl Model {
         self.delta = Exec::variant(variant);
     }
 
-    /// [`Weights::repack`].
+    /// [`Weights::repack`] of what the CPU computes with.
     pub fn repack(&mut self, progress: &mut dyn FnMut(u64, u64)) {
         // Of the bytes as the file has them: the answers are the same.
         self.fingerprint();
+        #[cfg(feature = "device")]
+        if let Some(o) = &self.offloaded {
+            let on_cpu = |i: usize, ffn: bool| o.layer(i).is_none_or(|layer| ffn && layer.ffn.is_none());
+            return self.weights.repack_those(on_cpu, o.output.is_none(), progress);
+        }
         self.weights.repack(progress);
     }
 

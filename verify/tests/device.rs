@@ -427,3 +427,34 @@ fn suites_run_on_a_device() {
         assert_eq!(without, ["quantize", "repack"], "operators without a kernel");
     }
 }
+
+/// The model's own checks with all layers on a device, and the golden logits with layers and experts on either side.
+#[test]
+fn models_run_on_a_device() {
+    use qwen3next_model::offload::Placement;
+    use qwen3next_model::{Batch, Model, Weights};
+    use qwen3next_verify::suite::{assert_passed, Options};
+    for device in devices() {
+        let device: &'static Device = Box::leak(Box::new(device));
+        let options = Options { device: Some(device), stride: 3, ..Options::default() };
+        let model = qwen3next_verify::cases::all().into_iter().find(|e| e.op == "model").unwrap();
+        assert_passed(&model.run(&options).unwrap());
+
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/models/ratio3");
+        let open = || {
+            let loaded = Weights::load(folder.as_ref(), &mut |_| ()).unwrap();
+            Model::new(loaded.config, loaded.weights)
+        };
+        let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 50).collect();
+        let logits = |model: &Model| {
+            let mut state = model.state(1, 64, Default::default()).unwrap();
+            model.forward(&mut state, &Batch::one(0, &tokens).logits_from(0), &Default::default()).unwrap()
+        };
+        let expected = logits(&open());
+        for (layers, cpu_experts) in [(0, 0), (1, 0), (2, 3), (usize::MAX, 2), (usize::MAX, usize::MAX)] {
+            let mut model = open();
+            model.offload(device, Placement { layers, cpu_experts }, &mut |_, _| ()).unwrap();
+            assert_near(&logits(&model), &expected);
+        }
+    }
+}

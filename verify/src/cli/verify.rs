@@ -109,7 +109,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     if args.backend == Backend::CudaHost && !Isa::CUDA_HOST.available() {
         bail!("--backend cuda-host: not built in: build with --features cuda-host");
     }
-    let mut entries = chosen(args.op.as_deref())?;
+    let entries = chosen(args.op.as_deref())?;
     if args.op.is_none()
         && args.mutant.is_none()
         && (args.variant.is_some() || args.check.is_some() || args.case.is_some())
@@ -136,7 +136,6 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             println!("SKIPPED cuda: {why}\n\n0 checks passed, 0 failed, 1 skipped");
             return Ok(Done::Ok);
         }
-        entries.retain(|e| e.op != "model");
     }
 
     if let Some(folder) = &args.write_cases {
