@@ -61,6 +61,11 @@ __global__ void __launch_bounds__(THREADS) route(q3n_moe_route_args a) {
   for (int e = lane; e < E; e += 32) bad |= logits[e] != logits[e];
   if (__any_sync(ALL, bad)) {
     if (lane == 0 && a.bad_token) atomicMin((long long *)a.bad_token, (long long)t);
+    /* What is queued behind this call runs all the same: it must find experts that there are. */
+    for (int c = lane; c < top_k; c += 32) {
+      ids[c] = c;
+      weights[c] = __int_as_float(0x7fc00000);
+    }
     return;
   }
 
