@@ -88,7 +88,7 @@ typedef struct operator_table {
 
 #define OPERATORS(X)                                                                                              \
   X(gated_delta) X(solve_tri) X(causal_conv) X(norm) X(rope) X(attention) X(attention_merge) X(dequantize)        \
-  X(matmul) X(moe_up) X(moe_down) X(activations) X(repack)
+  X(matmul) X(moe_up) X(moe_down) X(activations) X(repack) X(gather) X(add) X(delta_gates) X(row_gate)
 
 OPERATORS(OPERATOR)
 

@@ -137,6 +137,11 @@ RUN(moe_route)
 RUN(moe_group)
 RUN(moe_up)
 RUN(moe_down)
+RUN(gather)
+RUN(add)
+RUN(delta_gates)
+RUN(kv_store)
+RUN(row_gate)
 
 #define OUTPUTS(...) (const output[MAX_OUTPUTS + 1]) { __VA_ARGS__ }
 #define F32(at, n) {at, (n) * (int64_t)sizeof(float)}

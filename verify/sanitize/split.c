@@ -284,9 +284,49 @@ static void moe(void) {
   }
 }
 
+static void layer(void) {
+  enum { T = 13, N = 256, ROWS = 9, HK = 3, HV = 6, S = 8, SLOTS = 4, B = 3 };
+  int64_t ids[T];
+  for (int t = 0; t < T; t++) ids[t] = 5 * t % ROWS;
+  for (size_t i = 0; i < sizeof all_types / sizeof *all_types; i++) {
+    float *y = room(T * N);
+    q3n_gather_args args = {.struct_bytes = sizeof args, .y = y, .table = weights(all_types[i], ROWS, N),
+                            .ids = indices(T, ids), .dtype = all_types[i], .y_t = N, .table_row = N,
+                            .T = T, .rows = ROWS, .N = N};
+    run_gather(&args, OUTPUTS(F32(y, T * N)));
+  }
+
+  float *y = floats(T * N, -1, 1);
+  q3n_add_args sum = {.struct_bytes = sizeof sum, .y = y, .x = floats(T * N, -1, 1), .y_t = N, .x_t = N,
+                      .T = T, .N = N};
+  run_add(&sum, OUTPUTS(F32(y, T * N)));
+
+  float *g = room(T * HV), *beta = room(T * HV);
+  q3n_delta_gates_args gates = {.struct_bytes = sizeof gates, .g = g, .beta = beta, .ba = floats(T * 2 * HV, -30, 30),
+                                .a = floats(HV, -4, 0), .dt_bias = floats(HV, -1, 1), .g_t = HV, .beta_t = HV,
+                                .ba_t = 2 * HV, .T = T, .HK = HK, .HV = HV};
+  run_delta_gates(&gates, OUTPUTS(F32(g, T * HV), F32(beta, T * HV)));
+
+  static const q3n_dtype types[] = {Q3N_F32, Q3N_F16, Q3N_BF16, Q3N_Q8_0};
+  for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+    void *cache = weights(types[i], SLOTS * S, N);
+    q3n_kv_store_args args = {
+        .struct_bytes = sizeof args, .cache = cache, .x = floats(T * N, -1, 1),
+        .slot = indices(B, (int64_t[]){3, 0, 1}), .cu_seqlens = indices(B + 1, (int64_t[]){0, 6, 6, T}),
+        .pos = indices(T, (int64_t[]){0, 1, 2, 3, 5, 7, 0, 1, 2, 3, 4, 5, 6}), .dtype = types[i], .cache_slot = S * N,
+        .cache_s = N, .x_t = N, .slots = SLOTS, .S = S, .B = B, .T = T, .N = N};
+    run_kv_store(&args, OUTPUTS({cache, q3n_dtype_bytes(types[i], SLOTS * S * N)}));
+  }
+
+  float *gate = room(T);
+  q3n_row_gate_args args = {.struct_bytes = sizeof args, .y = gate, .x = floats(T * N, -1, 1), .w = floats(N, -1, 1),
+                            .x_t = N, .T = T, .D = N};
+  run_row_gate(&args, OUTPUTS(F32(gate, T)));
+}
+
 int main(void) {
   void (*const operators[])(void) = {gated_delta, solve_tri, causal_conv, norm, rope, attention, attention_merge,
-                                     quant, matmul, moe};
+                                     quant, matmul, moe, layer};
   for (size_t i = 0; i < sizeof operators / sizeof *operators; i++) {
     operators[i]();
     release();

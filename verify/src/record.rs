@@ -49,6 +49,10 @@ fn pointers(op: &str) -> Option<[Vec<usize>; 2]> {
         "moe_down" => fields!(q3n_moe_down_args: y; h weights down order offsets),
         "activations" => fields!(q3n_activations_args: y; x),
         "repack" => fields!(q3n_repack_args: y; x),
+        "gather" => fields!(q3n_gather_args: y; table ids),
+        "add" => fields!(q3n_add_args: y; x),
+        "delta_gates" => fields!(q3n_delta_gates_args: g beta; ba a dt_bias),
+        "row_gate" => fields!(q3n_row_gate_args: y; x w),
         _ => return None,
     })
 }

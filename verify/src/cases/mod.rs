@@ -5,6 +5,7 @@ pub mod activations;
 pub mod attention;
 pub mod causal_conv;
 pub mod gated_delta;
+pub mod layer;
 pub mod matmul;
 pub mod model;
 pub mod moe;
@@ -36,6 +37,11 @@ pub fn all() -> Vec<Entry> {
         Entry::of::<moe::MoeGroup>(),
         Entry::of::<moe::MoeUp>(),
         Entry::of::<moe::MoeDown>(),
+        Entry::of::<layer::GatherSuite>(),
+        Entry::of::<layer::AddSuite>(),
+        Entry::of::<layer::GatesSuite>(),
+        Entry::of::<layer::StoreSuite>(),
+        Entry::of::<layer::GateSuite>(),
         Entry::new(model::NAME, model::run),
     ]
 }

@@ -9,7 +9,9 @@ use qwen3next_verify::cases::quant::{Form, Type};
 use qwen3next_verify::compare::{Failure, Metrics};
 use qwen3next_verify::peaks::{Peaks, Roof};
 use qwen3next_verify::plugin::Plugin;
-use qwen3next_verify::timed::{attention, causal_conv, gated_delta, matmul, moe, norm, quant, rope, solve_tri, Timed};
+use qwen3next_verify::timed::{
+    attention, causal_conv, gated_delta, layer, matmul, moe, norm, quant, rope, solve_tri, Timed,
+};
 use qwen3next_verify::timing::{interleaved, Time};
 use serde_json::json;
 use std::io::Write;
@@ -37,7 +39,7 @@ pub struct Args {
     dim: Option<usize>,
     /// Sizes, separated by commas: causal_conv CxW, norm KIND:HxD, rope HxDxR, solve_tri NxM or inverse:N, attention KEYS,
     /// attention_merge PARTS, quantize and dequantize N, matmul NxK, moe_route and moe_group E/K, moe_up and moe_down
-    /// E/K:FxD. By default those of the 80B-A3B model.
+    /// E/K:FxD, gather, add and kv_store N, delta_gates HKxHV, row_gate D. By default those of the 80B-A3B model.
     #[arg(long, value_delimiter = ',')]
     shape: Vec<String>,
     /// Types of weights or cache, separated by commas.
@@ -288,6 +290,57 @@ impl Args {
                     let ([n], dtype) = (sizes("--shape", shape, "N")?, weight_type(dtype)?);
                     whole_blocks(shape, n, dtype)?;
                     Ok(Box::new(move || Ok(quant::Quantize::new(rows, n, dtype))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "gather" => {
+                self.no_heads()?;
+                let points = self.points(&[1, 512], &["2048"], &["q8_0", "q4_k", "f32"], |t, shape, dtype| {
+                    let ([n], dtype) = (sizes("--shape", shape, "N")?, weight_type(dtype)?);
+                    whole_blocks(shape, n, dtype)?;
+                    Ok(Box::new(move || Ok(layer::Gather::new(t, n, dtype))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "add" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let points = self.points(&[1, 512], &["2048"], &["f32"], |t, shape, _| {
+                    let [n] = sizes("--shape", shape, "N")?;
+                    ensure!(n <= 1 << 20, "--shape {shape}: expected N to 1048576");
+                    Ok(Box::new(move || Ok(layer::Add::new(t, n))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "delta_gates" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let points = self.points(&[1, 512], &["16x32"], &["f32"], |t, shape, _| {
+                    let [hk, hv] = sizes("--shape", shape, "HKxHV")?;
+                    ensure!(hv % hk == 0 && hv <= 1024, "--shape {shape}: expected HV a multiple of HK, up to 1024");
+                    Ok(Box::new(move || Ok(layer::Gates::new(t, hk, hv))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "kv_store" => {
+                self.no_heads()?;
+                let points = self.points(&[1, 512], &["512"], &["f16", "q8_0"], |t, shape, dtype| {
+                    let [n] = sizes("--shape", shape, "N")?;
+                    let kv: KvType = dtype.parse().map_err(|e| anyhow::anyhow!("--dtype {dtype}: {e}"))?;
+                    let whole = kv != KvType::Q8_0 || n % 32 == 0;
+                    ensure!(whole, "--shape {shape}: expected a multiple of q8_0's block of 32");
+                    ensure!(n <= 1 << 20, "--shape {shape}: expected N to 1048576");
+                    Ok(Box::new(move || Ok(layer::Store::new(t, n, kv))))
+                })?;
+                self.measure(only_check, points)
+            }
+            "row_gate" => {
+                self.no_heads()?;
+                self.only_f32()?;
+                let points = self.points(&[1, 512], &["2048"], &["f32"], |t, shape, _| {
+                    let [d] = sizes("--shape", shape, "D")?;
+                    ensure!(d <= 1 << 20, "--shape {shape}: expected D to 1048576");
+                    Ok(Box::new(move || Ok(layer::Gate::new(t, d))))
                 })?;
                 self.measure(only_check, points)
             }

@@ -4,6 +4,7 @@
 pub mod attention;
 pub mod causal_conv;
 pub mod gated_delta;
+pub mod layer;
 pub mod matmul;
 pub mod moe;
 pub mod norm;
