@@ -39,7 +39,7 @@ command=${Q3N_QWEN3NEXT:-$here/qwen3next}
 step_s=${Q3N_STEP_S:-300}
 stride=${Q3N_STRIDE:-50}
 jobs=${Q3N_JOBS:-$((($(nproc) + 1) / 2))}
-failed=0
+failed=0 skipped=0
 
 say() { printf '%s\n' "$*" >>"$out"; }
 
@@ -53,6 +53,7 @@ verdict() {
     failed=1
   elif grep -q '^SKIPPED' "$3"; then
     say "- $1: $(grep -m 1 '^SKIPPED' "$3")"
+    skipped=$((skipped + 1))
     return
   else
     say "- passed: $1"
@@ -117,6 +118,7 @@ sanitize() {
   local tool op
   if [ -z "$sanitizer" ] || ! "$sanitizer" --version >/dev/null 2>&1; then
     say '- SKIPPED: no compute-sanitizer'
+    skipped=$((skipped + 1))
     return
   fi
   for op in $operators model; do
@@ -179,6 +181,7 @@ model() {
   step probe "$command" bench model -ngl -1 -p 8 -n 1 -r 1 -o json
   if ! grep -q '"backends": *"[^"]*CUDA' "$logs/probe"; then
     say '- SKIPPED: bench model has no layers on a GPU'
+    skipped=$((skipped + 1))
     return
   fi
   step synth "$command" synth "$logs/slice.gguf" --layers 4 --quant q4_k
@@ -200,7 +203,7 @@ run() {
   local part
   for part; do "$part"; done
   say ''
-  if [ "$failed" = 0 ]; then say 'No check failed.'; else say 'A check FAILED.'; fi
+  if [ "$failed" = 0 ]; then say "No check failed, $skipped steps SKIPPED."; else say 'A check FAILED.'; fi
   return "$failed"
 }
 

@@ -12,6 +12,7 @@ use std::time::Instant;
 #[derive(Debug)]
 pub struct Times {
     samples: usize,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     cold: bool,
     nanoseconds: Mutex<Vec<f64>>,
 }
