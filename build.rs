@@ -3,8 +3,19 @@
 use std::path::{Path, PathBuf};
 
 /// Operator rooms under csrc; a file `<room>/<anything>_<suffix>.c` is compiled with the flags of that suffix.
-const ROOMS: &[&str] =
-    &["base", "attention", "causal_conv", "gated_delta", "matmul", "moe", "norm", "quant", "rope", "solve_tri"];
+const ROOMS: &[&str] = &[
+    "base",
+    "attention",
+    "causal_conv",
+    "gated_delta",
+    "layer",
+    "matmul",
+    "moe",
+    "norm",
+    "quant",
+    "rope",
+    "solve_tri",
+];
 
 /// (target architecture, file suffix, compiler flags). Files with none of these suffixes are plain C.
 const FLAGS: &[(&str, &str, &str)] = &[

@@ -20,6 +20,7 @@ extern "C" {
 #include "causal_conv/causal_conv.h"
 #include "cuda/cuda.h"
 #include "gated_delta/gated_delta.h"
+#include "layer/layer.h"
 #include "matmul/matmul.h"
 #include "moe/moe.h"
 #include "norm/norm.h"

@@ -153,7 +153,14 @@ pub const Q3N_ARG_PART_LSE: q3n_arg = 68;
 pub const Q3N_ARG_BAD_TOKEN: q3n_arg = 69;
 pub const Q3N_ARG_GRID: q3n_arg = 70;
 pub const Q3N_ARG_KERNEL: q3n_arg = 71;
-pub const Q3N_ARG_COUNT: q3n_arg = 72;
+pub const Q3N_ARG_TABLE: q3n_arg = 72;
+pub const Q3N_ARG_ROWS: q3n_arg = 73;
+pub const Q3N_ARG_BA: q3n_arg = 74;
+pub const Q3N_ARG_A: q3n_arg = 75;
+pub const Q3N_ARG_DT_BIAS: q3n_arg = 76;
+pub const Q3N_ARG_CACHE: q3n_arg = 77;
+pub const Q3N_ARG_SLOT: q3n_arg = 78;
+pub const Q3N_ARG_COUNT: q3n_arg = 79;
 pub type q3n_arg = ::core::ffi::c_uint;
 pub type q3n_status = i32;
 unsafe extern "C" {
@@ -1288,6 +1295,723 @@ unsafe extern "C" {
 unsafe extern "C" {
     pub fn q3n_gated_delta_cuda_host(
         args: *const q3n_gated_delta_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_gather_args {
+    pub struct_bytes: u64,
+    pub y: *mut f32,
+    pub table: *const ::core::ffi::c_void,
+    pub ids: *const i64,
+    pub dtype: q3n_dtype,
+    pub y_t: i64,
+    pub table_row: i64,
+    pub T: i64,
+    pub rows: i64,
+    pub N: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of q3n_gather_args"][::core::mem::size_of::<q3n_gather_args>() - 80usize];
+    [
+        "Alignment of q3n_gather_args",
+    ][::core::mem::align_of::<q3n_gather_args>() - 8usize];
+    [
+        "Offset of field: q3n_gather_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_gather_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_gather_args::y",
+    ][::core::mem::offset_of!(q3n_gather_args, y) - 8usize];
+    [
+        "Offset of field: q3n_gather_args::table",
+    ][::core::mem::offset_of!(q3n_gather_args, table) - 16usize];
+    [
+        "Offset of field: q3n_gather_args::ids",
+    ][::core::mem::offset_of!(q3n_gather_args, ids) - 24usize];
+    [
+        "Offset of field: q3n_gather_args::dtype",
+    ][::core::mem::offset_of!(q3n_gather_args, dtype) - 32usize];
+    [
+        "Offset of field: q3n_gather_args::y_t",
+    ][::core::mem::offset_of!(q3n_gather_args, y_t) - 40usize];
+    [
+        "Offset of field: q3n_gather_args::table_row",
+    ][::core::mem::offset_of!(q3n_gather_args, table_row) - 48usize];
+    [
+        "Offset of field: q3n_gather_args::T",
+    ][::core::mem::offset_of!(q3n_gather_args, T) - 56usize];
+    [
+        "Offset of field: q3n_gather_args::rows",
+    ][::core::mem::offset_of!(q3n_gather_args, rows) - 64usize];
+    [
+        "Offset of field: q3n_gather_args::N",
+    ][::core::mem::offset_of!(q3n_gather_args, N) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_gather_variant {
+    pub name: *const ::core::ffi::c_char,
+    pub isa: q3n_isa,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_gather_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_gather_args) -> i64,
+    >,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(
+            args: *const q3n_gather_args,
+            begin: i64,
+            end: i64,
+            scratch: *mut ::core::ffi::c_void,
+        ) -> q3n_status,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of q3n_gather_variant",
+    ][::core::mem::size_of::<q3n_gather_variant>() - 40usize];
+    [
+        "Alignment of q3n_gather_variant",
+    ][::core::mem::align_of::<q3n_gather_variant>() - 8usize];
+    [
+        "Offset of field: q3n_gather_variant::name",
+    ][::core::mem::offset_of!(q3n_gather_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_gather_variant::isa",
+    ][::core::mem::offset_of!(q3n_gather_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_gather_variant::items",
+    ][::core::mem::offset_of!(q3n_gather_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_gather_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_gather_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_gather_variant::run",
+    ][::core::mem::offset_of!(q3n_gather_variant, run) - 32usize];
+};
+unsafe extern "C" {
+    pub fn q3n_gather_check(args: *const q3n_gather_args) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_variant_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_variant_at(i: i64) -> *const q3n_gather_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_best(args: *const q3n_gather_args) -> *const q3n_gather_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_run(
+        variant: *const q3n_gather_variant,
+        args: *const q3n_gather_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+        scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_cuda(
+        args: *const q3n_gather_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_cuda_scratch_bytes(args: *const q3n_gather_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_cuda_host_items(args: *const q3n_gather_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_cuda_host_scratch_bytes(args: *const q3n_gather_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gather_cuda_host(
+        args: *const q3n_gather_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_add_args {
+    pub struct_bytes: u64,
+    pub y: *mut f32,
+    pub x: *const f32,
+    pub y_t: i64,
+    pub x_t: i64,
+    pub T: i64,
+    pub N: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of q3n_add_args"][::core::mem::size_of::<q3n_add_args>() - 56usize];
+    ["Alignment of q3n_add_args"][::core::mem::align_of::<q3n_add_args>() - 8usize];
+    [
+        "Offset of field: q3n_add_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_add_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_add_args::y",
+    ][::core::mem::offset_of!(q3n_add_args, y) - 8usize];
+    [
+        "Offset of field: q3n_add_args::x",
+    ][::core::mem::offset_of!(q3n_add_args, x) - 16usize];
+    [
+        "Offset of field: q3n_add_args::y_t",
+    ][::core::mem::offset_of!(q3n_add_args, y_t) - 24usize];
+    [
+        "Offset of field: q3n_add_args::x_t",
+    ][::core::mem::offset_of!(q3n_add_args, x_t) - 32usize];
+    [
+        "Offset of field: q3n_add_args::T",
+    ][::core::mem::offset_of!(q3n_add_args, T) - 40usize];
+    [
+        "Offset of field: q3n_add_args::N",
+    ][::core::mem::offset_of!(q3n_add_args, N) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_add_variant {
+    pub name: *const ::core::ffi::c_char,
+    pub isa: q3n_isa,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_add_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_add_args) -> i64,
+    >,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(
+            args: *const q3n_add_args,
+            begin: i64,
+            end: i64,
+            scratch: *mut ::core::ffi::c_void,
+        ) -> q3n_status,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of q3n_add_variant"][::core::mem::size_of::<q3n_add_variant>() - 40usize];
+    [
+        "Alignment of q3n_add_variant",
+    ][::core::mem::align_of::<q3n_add_variant>() - 8usize];
+    [
+        "Offset of field: q3n_add_variant::name",
+    ][::core::mem::offset_of!(q3n_add_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_add_variant::isa",
+    ][::core::mem::offset_of!(q3n_add_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_add_variant::items",
+    ][::core::mem::offset_of!(q3n_add_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_add_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_add_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_add_variant::run",
+    ][::core::mem::offset_of!(q3n_add_variant, run) - 32usize];
+};
+unsafe extern "C" {
+    pub fn q3n_add_check(args: *const q3n_add_args) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_add_variant_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_add_variant_at(i: i64) -> *const q3n_add_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_add_best(args: *const q3n_add_args) -> *const q3n_add_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_add_run(
+        variant: *const q3n_add_variant,
+        args: *const q3n_add_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+        scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_add_cuda(
+        args: *const q3n_add_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_add_cuda_scratch_bytes(args: *const q3n_add_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_add_cuda_host_items(args: *const q3n_add_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_add_cuda_host_scratch_bytes(args: *const q3n_add_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_add_cuda_host(
+        args: *const q3n_add_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_delta_gates_args {
+    pub struct_bytes: u64,
+    pub g: *mut f32,
+    pub beta: *mut f32,
+    pub ba: *const f32,
+    pub a: *const f32,
+    pub dt_bias: *const f32,
+    pub g_t: i64,
+    pub beta_t: i64,
+    pub ba_t: i64,
+    pub T: i64,
+    pub HK: i64,
+    pub HV: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of q3n_delta_gates_args",
+    ][::core::mem::size_of::<q3n_delta_gates_args>() - 96usize];
+    [
+        "Alignment of q3n_delta_gates_args",
+    ][::core::mem::align_of::<q3n_delta_gates_args>() - 8usize];
+    [
+        "Offset of field: q3n_delta_gates_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_delta_gates_args::g",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, g) - 8usize];
+    [
+        "Offset of field: q3n_delta_gates_args::beta",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, beta) - 16usize];
+    [
+        "Offset of field: q3n_delta_gates_args::ba",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, ba) - 24usize];
+    [
+        "Offset of field: q3n_delta_gates_args::a",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, a) - 32usize];
+    [
+        "Offset of field: q3n_delta_gates_args::dt_bias",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, dt_bias) - 40usize];
+    [
+        "Offset of field: q3n_delta_gates_args::g_t",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, g_t) - 48usize];
+    [
+        "Offset of field: q3n_delta_gates_args::beta_t",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, beta_t) - 56usize];
+    [
+        "Offset of field: q3n_delta_gates_args::ba_t",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, ba_t) - 64usize];
+    [
+        "Offset of field: q3n_delta_gates_args::T",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, T) - 72usize];
+    [
+        "Offset of field: q3n_delta_gates_args::HK",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, HK) - 80usize];
+    [
+        "Offset of field: q3n_delta_gates_args::HV",
+    ][::core::mem::offset_of!(q3n_delta_gates_args, HV) - 88usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_delta_gates_variant {
+    pub name: *const ::core::ffi::c_char,
+    pub isa: q3n_isa,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_delta_gates_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_delta_gates_args) -> i64,
+    >,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(
+            args: *const q3n_delta_gates_args,
+            begin: i64,
+            end: i64,
+            scratch: *mut ::core::ffi::c_void,
+        ) -> q3n_status,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of q3n_delta_gates_variant",
+    ][::core::mem::size_of::<q3n_delta_gates_variant>() - 40usize];
+    [
+        "Alignment of q3n_delta_gates_variant",
+    ][::core::mem::align_of::<q3n_delta_gates_variant>() - 8usize];
+    [
+        "Offset of field: q3n_delta_gates_variant::name",
+    ][::core::mem::offset_of!(q3n_delta_gates_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_delta_gates_variant::isa",
+    ][::core::mem::offset_of!(q3n_delta_gates_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_delta_gates_variant::items",
+    ][::core::mem::offset_of!(q3n_delta_gates_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_delta_gates_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_delta_gates_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_delta_gates_variant::run",
+    ][::core::mem::offset_of!(q3n_delta_gates_variant, run) - 32usize];
+};
+unsafe extern "C" {
+    pub fn q3n_delta_gates_check(args: *const q3n_delta_gates_args) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_variant_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_variant_at(i: i64) -> *const q3n_delta_gates_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_best(
+        args: *const q3n_delta_gates_args,
+    ) -> *const q3n_delta_gates_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_run(
+        variant: *const q3n_delta_gates_variant,
+        args: *const q3n_delta_gates_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+        scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_cuda(
+        args: *const q3n_delta_gates_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_cuda_scratch_bytes(args: *const q3n_delta_gates_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_cuda_host_items(args: *const q3n_delta_gates_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_cuda_host_scratch_bytes(
+        args: *const q3n_delta_gates_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_delta_gates_cuda_host(
+        args: *const q3n_delta_gates_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_kv_store_args {
+    pub struct_bytes: u64,
+    pub cache: *mut ::core::ffi::c_void,
+    pub x: *const f32,
+    pub slot: *const i64,
+    pub pos: *const i64,
+    pub cu_seqlens: *const i64,
+    pub dtype: q3n_dtype,
+    pub cache_slot: i64,
+    pub cache_s: i64,
+    pub x_t: i64,
+    pub slots: i64,
+    pub S: i64,
+    pub B: i64,
+    pub T: i64,
+    pub N: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of q3n_kv_store_args",
+    ][::core::mem::size_of::<q3n_kv_store_args>() - 120usize];
+    [
+        "Alignment of q3n_kv_store_args",
+    ][::core::mem::align_of::<q3n_kv_store_args>() - 8usize];
+    [
+        "Offset of field: q3n_kv_store_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_kv_store_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_kv_store_args::cache",
+    ][::core::mem::offset_of!(q3n_kv_store_args, cache) - 8usize];
+    [
+        "Offset of field: q3n_kv_store_args::x",
+    ][::core::mem::offset_of!(q3n_kv_store_args, x) - 16usize];
+    [
+        "Offset of field: q3n_kv_store_args::slot",
+    ][::core::mem::offset_of!(q3n_kv_store_args, slot) - 24usize];
+    [
+        "Offset of field: q3n_kv_store_args::pos",
+    ][::core::mem::offset_of!(q3n_kv_store_args, pos) - 32usize];
+    [
+        "Offset of field: q3n_kv_store_args::cu_seqlens",
+    ][::core::mem::offset_of!(q3n_kv_store_args, cu_seqlens) - 40usize];
+    [
+        "Offset of field: q3n_kv_store_args::dtype",
+    ][::core::mem::offset_of!(q3n_kv_store_args, dtype) - 48usize];
+    [
+        "Offset of field: q3n_kv_store_args::cache_slot",
+    ][::core::mem::offset_of!(q3n_kv_store_args, cache_slot) - 56usize];
+    [
+        "Offset of field: q3n_kv_store_args::cache_s",
+    ][::core::mem::offset_of!(q3n_kv_store_args, cache_s) - 64usize];
+    [
+        "Offset of field: q3n_kv_store_args::x_t",
+    ][::core::mem::offset_of!(q3n_kv_store_args, x_t) - 72usize];
+    [
+        "Offset of field: q3n_kv_store_args::slots",
+    ][::core::mem::offset_of!(q3n_kv_store_args, slots) - 80usize];
+    [
+        "Offset of field: q3n_kv_store_args::S",
+    ][::core::mem::offset_of!(q3n_kv_store_args, S) - 88usize];
+    [
+        "Offset of field: q3n_kv_store_args::B",
+    ][::core::mem::offset_of!(q3n_kv_store_args, B) - 96usize];
+    [
+        "Offset of field: q3n_kv_store_args::T",
+    ][::core::mem::offset_of!(q3n_kv_store_args, T) - 104usize];
+    [
+        "Offset of field: q3n_kv_store_args::N",
+    ][::core::mem::offset_of!(q3n_kv_store_args, N) - 112usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_kv_store_variant {
+    pub name: *const ::core::ffi::c_char,
+    pub isa: q3n_isa,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_kv_store_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_kv_store_args) -> i64,
+    >,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(
+            args: *const q3n_kv_store_args,
+            begin: i64,
+            end: i64,
+            scratch: *mut ::core::ffi::c_void,
+        ) -> q3n_status,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of q3n_kv_store_variant",
+    ][::core::mem::size_of::<q3n_kv_store_variant>() - 40usize];
+    [
+        "Alignment of q3n_kv_store_variant",
+    ][::core::mem::align_of::<q3n_kv_store_variant>() - 8usize];
+    [
+        "Offset of field: q3n_kv_store_variant::name",
+    ][::core::mem::offset_of!(q3n_kv_store_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_kv_store_variant::isa",
+    ][::core::mem::offset_of!(q3n_kv_store_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_kv_store_variant::items",
+    ][::core::mem::offset_of!(q3n_kv_store_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_kv_store_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_kv_store_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_kv_store_variant::run",
+    ][::core::mem::offset_of!(q3n_kv_store_variant, run) - 32usize];
+};
+unsafe extern "C" {
+    pub fn q3n_kv_store_check(args: *const q3n_kv_store_args) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_variant_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_variant_at(i: i64) -> *const q3n_kv_store_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_best(
+        args: *const q3n_kv_store_args,
+    ) -> *const q3n_kv_store_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_run(
+        variant: *const q3n_kv_store_variant,
+        args: *const q3n_kv_store_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+        scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_cuda(
+        args: *const q3n_kv_store_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_cuda_scratch_bytes(args: *const q3n_kv_store_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_cuda_host_items(args: *const q3n_kv_store_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_cuda_host_scratch_bytes(args: *const q3n_kv_store_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_kv_store_cuda_host(
+        args: *const q3n_kv_store_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_row_gate_args {
+    pub struct_bytes: u64,
+    pub y: *mut f32,
+    pub x: *const f32,
+    pub w: *const f32,
+    pub x_t: i64,
+    pub T: i64,
+    pub D: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of q3n_row_gate_args"][::core::mem::size_of::<q3n_row_gate_args>() - 56usize];
+    [
+        "Alignment of q3n_row_gate_args",
+    ][::core::mem::align_of::<q3n_row_gate_args>() - 8usize];
+    [
+        "Offset of field: q3n_row_gate_args::struct_bytes",
+    ][::core::mem::offset_of!(q3n_row_gate_args, struct_bytes) - 0usize];
+    [
+        "Offset of field: q3n_row_gate_args::y",
+    ][::core::mem::offset_of!(q3n_row_gate_args, y) - 8usize];
+    [
+        "Offset of field: q3n_row_gate_args::x",
+    ][::core::mem::offset_of!(q3n_row_gate_args, x) - 16usize];
+    [
+        "Offset of field: q3n_row_gate_args::w",
+    ][::core::mem::offset_of!(q3n_row_gate_args, w) - 24usize];
+    [
+        "Offset of field: q3n_row_gate_args::x_t",
+    ][::core::mem::offset_of!(q3n_row_gate_args, x_t) - 32usize];
+    [
+        "Offset of field: q3n_row_gate_args::T",
+    ][::core::mem::offset_of!(q3n_row_gate_args, T) - 40usize];
+    [
+        "Offset of field: q3n_row_gate_args::D",
+    ][::core::mem::offset_of!(q3n_row_gate_args, D) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct q3n_row_gate_variant {
+    pub name: *const ::core::ffi::c_char,
+    pub isa: q3n_isa,
+    pub items: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_row_gate_args) -> i64,
+    >,
+    pub scratch_bytes: ::core::option::Option<
+        unsafe extern "C" fn(args: *const q3n_row_gate_args) -> i64,
+    >,
+    pub run: ::core::option::Option<
+        unsafe extern "C" fn(
+            args: *const q3n_row_gate_args,
+            begin: i64,
+            end: i64,
+            scratch: *mut ::core::ffi::c_void,
+        ) -> q3n_status,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of q3n_row_gate_variant",
+    ][::core::mem::size_of::<q3n_row_gate_variant>() - 40usize];
+    [
+        "Alignment of q3n_row_gate_variant",
+    ][::core::mem::align_of::<q3n_row_gate_variant>() - 8usize];
+    [
+        "Offset of field: q3n_row_gate_variant::name",
+    ][::core::mem::offset_of!(q3n_row_gate_variant, name) - 0usize];
+    [
+        "Offset of field: q3n_row_gate_variant::isa",
+    ][::core::mem::offset_of!(q3n_row_gate_variant, isa) - 8usize];
+    [
+        "Offset of field: q3n_row_gate_variant::items",
+    ][::core::mem::offset_of!(q3n_row_gate_variant, items) - 16usize];
+    [
+        "Offset of field: q3n_row_gate_variant::scratch_bytes",
+    ][::core::mem::offset_of!(q3n_row_gate_variant, scratch_bytes) - 24usize];
+    [
+        "Offset of field: q3n_row_gate_variant::run",
+    ][::core::mem::offset_of!(q3n_row_gate_variant, run) - 32usize];
+};
+unsafe extern "C" {
+    pub fn q3n_row_gate_check(args: *const q3n_row_gate_args) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_variant_count() -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_variant_at(i: i64) -> *const q3n_row_gate_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_best(
+        args: *const q3n_row_gate_args,
+    ) -> *const q3n_row_gate_variant;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_run(
+        variant: *const q3n_row_gate_variant,
+        args: *const q3n_row_gate_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+        scratch_bytes: i64,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_cuda(
+        args: *const q3n_row_gate_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_cuda_scratch_bytes(args: *const q3n_row_gate_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_cuda_host_items(args: *const q3n_row_gate_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_cuda_host_scratch_bytes(args: *const q3n_row_gate_args) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_row_gate_cuda_host(
+        args: *const q3n_row_gate_args,
         begin: i64,
         end: i64,
         scratch: *mut ::core::ffi::c_void,

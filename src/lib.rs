@@ -25,6 +25,7 @@
 //! | [`attention`] | flash attention with grouped heads, and the merge of its parts |
 //! | [`causal_conv`] | depthwise causal convolution with state |
 //! | [`gated_delta`] | the gated delta rule |
+//! | [`layer`] | the small steps between them: rows of a table, sums, gates, rows into a cache |
 //! | [`matmul`] | Y = X Wᵀ with quantised W |
 //! | [`moe`] | router, grouping and expert feed-forward |
 //! | [`activations`] | f32 activations to 8 bits |
@@ -34,8 +35,8 @@
 //! | [`rope`] | partial rotary embedding |
 //! | [`solve_tri`] | batched triangular solve and inverse |
 //!
-//! With the feature `cuda`, `device` holds devices, streams and buffers, and the modules of operators with CUDA kernels a
-//! module `cuda` whose `run` is theirs on a device (so far: gated_delta, norm).
+//! With the features `cuda` (GPUs) and `cuda-host` (the same kernels on the CPU, watched), `device` holds devices, streams
+//! and buffers, and an operator's arguments take views of buffers as well as of slices ([`memory`]): `queue` beside `run`.
 //!
 //! [`isa`] tells what the CPU offers and narrows it; [`dtype`] lists element types; [`operator`] holds what all
 //! operators share.
@@ -53,6 +54,7 @@ pub mod device;
 pub mod dtype;
 pub mod gated_delta;
 pub mod isa;
+pub mod layer;
 pub mod matmul;
 pub mod memory;
 pub mod moe;

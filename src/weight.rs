@@ -2,7 +2,7 @@
 
 use crate::memory::{Cpu, Memory};
 use crate::view::{expect, packed};
-use crate::{DType, Error};
+use crate::{DType, Error, View};
 use std::fmt::{Debug, Formatter};
 use std::marker::PhantomData;
 
@@ -127,6 +127,20 @@ impl<const R: usize, M: Memory> Weight<'_, R, M> {
     /// Error naming `arg` unless the shape is `expected`.
     pub(crate) fn expect(&self, arg: &'static str, expected: [usize; R]) -> Result<(), Error> {
         expect(arg, self.shape, expected)
+    }
+}
+
+impl<'a, const R: usize, M: Memory> From<View<'a, R, f32, M>> for Weight<'a, R, M> {
+    fn from(view: View<'a, R, f32, M>) -> Self {
+        Weight {
+            at: view.as_ptr().cast(),
+            dtype: DType::F32,
+            shape: view.shape(),
+            strides: std::array::from_fn(|i| view.stride(i) as usize),
+            bytes: view.bytes(),
+            id: view.id(),
+            life: PhantomData,
+        }
     }
 }
 

@@ -41,16 +41,19 @@ __device__ __forceinline__ void store(const q3n_matmul_args &a, const tile<Q8, R
 }
 
 /* Blocks a multiprocessor: as many as their registers allow without spills. */
-constexpr int few_blocks(int dtype, bool Q8) {
-  return dtype == Q3N_TILE_ANY || dtype == Q3N_Q6_K || (!Q8 && (dtype == Q3N_Q4_K || dtype == Q3N_Q5_K)) ? 4 : 5;
-}
+template <int DT, bool Q8> struct few_form {
+  static constexpr bool LARGE = DT == Q3N_TILE_ANY || DT == Q3N_Q6_K || (!Q8 && (DT == Q3N_Q4_K || DT == Q3N_Q5_K));
+  static constexpr int BLOCKS = LARGE ? 4 : 5;
+};
 
 /* Few rows of x: 16 rows of w and 8 of x, the warps share K. Blocks of the same rows of w lie next to each other. */
-template <int DT, bool Q8> __global__ void __launch_bounds__(THREADS, few_blocks(DT, Q8)) few(q3n_matmul_args a, int64_t columns) {
+template <int DT, bool Q8>
+__global__ void __launch_bounds__(THREADS, (few_form<DT, Q8>::BLOCKS)) few(q3n_matmul_args a, int64_t columns) {
   Q3N_SHARED_DYNAMIC(uint32_t, words, 0, Q3N_TILE_WARPS * q3n_tile_words(DT, 1));
   Q3N_SHARED(float, floats, q3n_tile_sum_floats(1, 1));
   const int parts = q3n_tile_parts(a.K), warp = (int)(threadIdx.x / 32), part = warp % parts;
-  const tile<Q8, 1> at(a, (blockIdx.x / columns * (Q3N_TILE_WARPS / parts) + warp / parts) * 16, blockIdx.x % columns * 8);
+  const int64_t tile_row = blockIdx.x / columns * (Q3N_TILE_WARPS / parts) + warp / parts;
+  const tile<Q8, 1> at(a, tile_row * 16, blockIdx.x % columns * 8);
   const auto x = [&](int j) {
     return at.m0 + j < a.M ? (const uint8_t *)a.x + (at.m0 + j) * at.x_bytes : nullptr;
   };
@@ -79,8 +82,8 @@ template <int DT, bool Q8> __global__ void __launch_bounds__(THREADS, 2) many(q3
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* The same bits from both, so this is about time alone: `many` is worth it once its blocks fill a GPU. The executor has
-   it from one block on, so that the suite sees it. */
+/* The same bits from both, so this is about time alone: `many` is worth it once its blocks fill a GPU that has the
+   shared memory. The executor has it from one block on, so that the suite sees it. */
 #if defined(__CUDACC__)
 constexpr int64_t FEW_TOKENS = 16, ENOUGH_BLOCKS = 96;
 #else
@@ -89,8 +92,9 @@ constexpr int64_t FEW_TOKENS = 16, ENOUGH_BLOCKS = 1;
 
 template <int DT, bool Q8> q3n_status launch_form(const q3n_matmul_args *a, q3n_stream stream) {
   const int64_t columns = ceil_div(a->M, BLOCK_TOKENS), blocks = ceil_div(a->N, BLOCK_ROWS) * columns;
-  if (a->M > FEW_TOKENS && blocks >= ENOUGH_BLOCKS)
-    return Q3N_LAUNCH((many<DT, Q8>), (*a, columns), blocks, THREADS, q3n_block_words(DT, Q8, RT, MT) * 4, stream);
+  const int64_t bytes = q3n_block_words(DT, Q8, RT, MT) * 4, own = q3n_tile_sum_floats(RT, MT) * 4;
+  if (a->M > FEW_TOKENS && blocks >= ENOUGH_BLOCKS && bytes + own <= q3n_shared_limit())
+    return Q3N_LAUNCH((many<DT, Q8>), (*a, columns), blocks, THREADS, bytes, stream);
   const int64_t eights = ceil_div(a->M, 8), rows = Q3N_TILE_WARPS / q3n_tile_parts(a->K) * 16;
   return Q3N_LAUNCH((few<DT, Q8>), (*a, eights), ceil_div(a->N, rows) * eights, THREADS,
                     Q3N_TILE_WARPS * q3n_tile_words(DT, 1) * 4, stream);

@@ -47,8 +47,9 @@ typedef struct q3n_moe_group_args {
 Q3N_DECLARE_OPERATOR(moe_group);
 
 /* On a device the first 8 bytes of scratch tell, an int64_t: INT64_MAX, or the lowest pair whose id is outside 0 .. E;
-   then neither order nor offsets were written. What moe_route chose is never outside. up and down that are queued
-   behind do no harm where offsets were zeros before. */
+   then neither order nor offsets were written. What moe_route chose is never outside. Where a caller's own ids may be,
+   offsets that were zeros before keep up and down that are queued behind from reading order: h and y mean nothing
+   then, but nothing else is touched. */
 Q3N_DECLARE_CUDA(moe_group, moe_group);
 
 /* h[p] = silu(Wgate_e x_t) * (Wup_e x_t) for each pair p = (t, choice) with expert e. Items are blocks of rows of F.

@@ -61,11 +61,25 @@ Q3N_DEVICE float q3n_half_float(uint32_t h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)h));
   return x;
 }
+/* To nearest, ties to even, as q3n_f32_to_f16, which also keeps what it can of a NaN. */
+Q3N_DEVICE uint32_t q3n_float_half(float x) {
+  const uint32_t u = __float_as_uint(x);
+  unsigned short h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return x == x ? h : 0x7e00u | (u >> 13 & 0x3ffu) | (u >> 16 & 0x8000u);
+}
 #else
 Q3N_DEVICE float q3n_half_float(uint32_t h) { return q3n_f16_to_f32((uint16_t)h); }
+Q3N_DEVICE uint32_t q3n_float_half(float x) { return q3n_f32_to_f16(x); }
 #endif
 
 Q3N_DEVICE float q3n_bf16_float(uint32_t h) { return __uint_as_float(h << 16); }
+
+/* As q3n_f32_to_bf16. */
+Q3N_DEVICE uint32_t q3n_float_bf16(float x) {
+  const uint32_t u = __float_as_uint(x);
+  return x == x ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : u >> 16 | 0x40u;
+}
 
 /* Four bytes at any address, none beside them touched. */
 Q3N_DEVICE uint32_t q3n_word_at(const uint8_t *p) {
@@ -147,7 +161,7 @@ Q3N_DEVICE uint32_t q3n_mxfp4_bytes(uint32_t nibbles) {
   return q3n_levels(nibbles, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
 }
 
-/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16: apart, so that a constant j folds. */
+/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16; two, so that a constant j folds. */
 template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, int in16) {
   constexpr uint32_t NIBBLES = 0x0f0f0f0fu, PAIRS = 0x03030303u, BITS = 0x01010101u;
   const int c = 16 * j, in32 = j % 2 * 16 + in16, high = j % 2 * 4;
@@ -156,7 +170,8 @@ template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, 
     case Q3N_Q4_0: return q3n_bytes_minus(b.word(2 + in16) >> high & NIBBLES, 8);
     case Q3N_Q4_1: return b.word(4 + in16) >> high & NIBBLES;
     case Q3N_Q5_0:
-      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4, 16);
+      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4,
+                             16);
     case Q3N_Q5_1: return (b.word(8 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(4) >> (c + in16)) << 4;
     case Q3N_IQ4_NL: return q3n_iq4_bytes(b.word(2 + in16) >> high & NIBBLES);
     case Q3N_MXFP4: return q3n_mxfp4_bytes(b.word(1 + in16) >> high & NIBBLES);
