@@ -34,6 +34,10 @@ use crate::{DType, Error, Weight};
 use std::marker::PhantomData;
 use std::sync::Mutex;
 
+mod timing;
+#[doc(hidden)]
+pub use timing::{Limits, Times};
+
 /// The memory of devices, as a parameter of views and arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cuda;
@@ -122,6 +126,19 @@ impl Device {
             Place::Gpu(_) => cuda("device", cust::context::CurrentContext::get_device().and_then(|d| d.name())),
             #[cfg(feature = "cuda-host")]
             Place::Executor => Ok("host executor".into()),
+        }
+    }
+
+    /// What drives it, with the CUDA version that the driver is for.
+    pub fn driver(&self) -> Result<String, Error> {
+        match &self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Gpu(_) => {
+                let version = cuda("device", cust::CudaApiVersion::get())?;
+                Ok(format!("driver for CUDA {}.{}", version.major(), version.minor()))
+            }
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => Ok("no driver".into()),
         }
     }
 
@@ -598,7 +615,7 @@ const ZONE: usize = 4096;
 const GUARD: u8 = 0xa5;
 
 /// Runs a CUDA kernel on a call whose arguments lie in the CPU's memory: they are copied to the device, and what was written
-/// is copied back. For the suites.
+/// is copied back. For the suites. With `times` it is launched again and again in between, and timed.
 ///
 /// # Safety
 /// `raw` passed the operator's check and is valid on the CPU; `at` noted all its pointers.
@@ -607,6 +624,7 @@ pub(crate) unsafe fn run_staged<O: Operator>(
     kernel: &Kernel<O::Raw>,
     raw: &O::Raw,
     at: &Addresses,
+    times: Option<&Times>,
 ) -> Result<(), Error> {
     let mut extents = at.extents().to_vec();
     extents.retain(|e| e.bytes > 0);
@@ -621,10 +639,11 @@ pub(crate) unsafe fn run_staged<O: Operator>(
             _ => ranges.push(e),
         }
     }
+    // The copy's address keeps the argument's alignment. What is timed lies as in buffers.
+    let skew = |range: &crate::memory::Extent| if times.is_some() { 0 } else { range.at % 256 };
     let mut copies = Vec::with_capacity(ranges.len());
     for range in &ranges {
-        // The copy's address keeps the argument's alignment.
-        let skew = range.at % 256;
+        let skew = skew(range);
         let mut copy = stream.device.allocate::<u8>(ZONE + skew + range.bytes + ZONE)?;
         copy.write_at(0, &vec![GUARD; ZONE + skew])?;
         // SAFETY: the argument's own bytes.
@@ -642,15 +661,19 @@ pub(crate) unsafe fn run_staged<O: Operator>(
     };
     for word in words {
         if let Some(i) = ranges.iter().position(|r| (r.at..r.at + r.bytes).contains(word)) {
-            *word = copies[i].address() as usize + ZONE + ranges[i].at % 256 + (*word - ranges[i].at);
+            *word = copies[i].address() as usize + ZONE + skew(&ranges[i]) + (*word - ranges[i].at);
         }
     }
     // SAFETY: checked by the caller; every pointer has been replaced by that of its copy.
-    unsafe { stream.launch::<O>(&placed, kernel) }?;
+    let launch = || unsafe { stream.launch::<O>(&placed, kernel) };
+    match times {
+        Some(times) => stream.time(times, launch)?,
+        None => launch()?,
+    }
     stream.wait()?;
     for (range, copy) in ranges.iter().zip(&copies) {
         let bytes = copy.download()?;
-        let start = ZONE + range.at % 256;
+        let start = ZONE + skew(range);
         let (before, rest) = bytes.split_at(start);
         let (own, after) = rest.split_at(range.bytes);
         if before.iter().chain(after).any(|&byte| byte != GUARD) {

@@ -491,3 +491,43 @@ fn models_run_on_a_device() {
         }
     }
 }
+
+/// What benches of a device do: one copy of the arguments, as many launches as asked for, and the outputs come back.
+#[test]
+fn staged_launches_are_timed() -> Result<(), Error> {
+    use qwen3next_kernels::device::Times;
+    use qwen3next_kernels::Variant;
+    let (x, shape) = (fill(3 * 40, 1), [3, 1, 40]);
+    let run = |exec: &Exec<norm::Op>| -> Result<Vec<f32>, Error> {
+        let mut y = vec![f32::NAN; 3 * 40];
+        let args = norm::Args {
+            y: ViewMut::new(&mut y, shape)?,
+            x: Some(View::new(&x, shape)?),
+            kind: norm::Kind::L2,
+            eps: 1e-6,
+        };
+        norm::run(args, exec)?;
+        Ok(y)
+    };
+    let expected = run(&Exec::default())?;
+    for device in devices() {
+        let device: &'static Device = Box::leak(Box::new(device));
+        for cold in [true, false] {
+            let times: &'static Times = Box::leak(Box::new(Times::new(4, cold)));
+            for variant in Variant::staged_timed(device, times) {
+                assert_near(&run(&Exec::variant(variant))?, &expected);
+                let taken = times.take();
+                assert_eq!(taken.len(), 4, "{taken:?}");
+                assert!(taken.iter().all(|&ns| ns > 0.0 && ns < 1e9), "{taken:?}");
+                assert!(times.take().is_empty());
+            }
+        }
+        for variant in Variant::staged(device) {
+            assert_near(&run(&Exec::variant(variant))?, &expected);
+        }
+        let limits = device.limits()?;
+        assert!(limits.copy > 1e7 && limits.copy < 1e14, "{limits:?}");
+        assert!(!device.driver()?.is_empty());
+    }
+    Ok(())
+}
