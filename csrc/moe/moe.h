@@ -30,7 +30,8 @@ typedef struct q3n_moe_route_args {
 
 Q3N_DECLARE_OPERATOR(moe_route);
 
-/* On a device bad_token alone tells of a NaN: the call is queued, not finished, when it returns. */
+/* On a device bad_token alone tells of a NaN: the call is queued, not finished, when it returns. Tokens with one get the
+   experts 0 .. top_k - 1 with NaN as weights, so that what is queued behind finds experts that there are. */
 Q3N_DECLARE_CUDA(moe_route, moe_route);
 
 /* Sorts the T * top_k (token, choice) pairs by expert, stably: order lists them as t * top_k + choice, and those of

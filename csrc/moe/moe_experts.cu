@@ -50,7 +50,8 @@ struct plan {
   int64_t act_bytes, act_pairs; /* bytes from row to row; pairs that share one */
   float *out;
   int64_t out_row;              /* from pair to pair, or from token to token */
-  const int64_t *order, *offsets, *tiles; /* tiles: their number, then from the eighth on expert and first place in order; NULL: few */
+  const int64_t *order, *offsets;
+  const int64_t *tiles; /* their number, then from the eighth on expert and first place in order; NULL: few */
   const float *weights;
   int32_t accumulate;
   int warps;
@@ -125,10 +126,22 @@ __device__ __forceinline__ void find_rows(const plan &a, int64_t from, int n, bo
   row_of[threadIdx.x] = pair / a.act_pairs * a.act_bytes;
 }
 
+/* Infinities that the tile lost in products of parts. */
+template <bool Q8, int MT>
+__device__ __forceinline__ void check(float (&y)[1][MT][4], const q3n_tile_weights &w, const act_rows &x, int64_t K) {
+  const int lane = (int)(threadIdx.x % 32);
+  Q3N_UNROLL
+  for (int i = 0; i < 4 * MT; i++) {
+    const int r = lane / 4 + i % 4 / 2 * 8, j = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float &value = y[0][i / 4][i % 4];
+    if (r < w.count && j < x.n) value = q3n_tile_checked<Q8>(value, w, r, x(j), K);
+  }
+}
+
 /* Dots of rows row .. row + 15 to where their pairs have them; `up` of matrix 1, COUNT * 32 of them. */
 template <int MT>
-__device__ __forceinline__ void finish(const plan &a, const float (&y)[1][MT][4], q3n_shared<float> up, int64_t row, int n,
-                                       q3n_shared<int64_t> pair_of) {
+__device__ __forceinline__ void finish(const plan &a, const float (&y)[1][MT][4], q3n_shared<float> up, int64_t row,
+                                       int n, q3n_shared<int64_t> pair_of) {
   const int lane = (int)(threadIdx.x % 32);
   Q3N_UNROLL
   for (int i = 0; i < 4 * MT; i++) {
@@ -160,7 +173,7 @@ template <int DT, bool Q8> __global__ void __launch_bounds__(32 * CHOICE_WARPS, 
   const bool by_choice = a.kind == CHOICES;
   const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, parts = q3n_tile_parts(a.K);
   const int part = warp % parts, which = by_choice ? 0 : warp / Q3N_TILE_WARPS, batch = a.warps / parts;
-  const int mine = (by_choice ? warp : warp % Q3N_TILE_WARPS) / parts; /* choice of the batch, or 16 rows of the block */
+  const int mine = (by_choice ? warp : warp % Q3N_TILE_WARPS) / parts; /* choice, or 16 rows */
   const int64_t block_rows = by_choice ? 16 : Q3N_TILE_WARPS / parts * 16;
   const int64_t tiles = a.tiles ? a.tiles[0] : a.blocks;
   int first_choice = 0;
@@ -190,10 +203,10 @@ template <int DT, bool Q8> __global__ void __launch_bounds__(32 * CHOICE_WARPS, 
     const bool work = at.e >= 0 && row < a.end;
     float y[1][1][4];
     q3n_tile_zero(y);
-    if (work)
-      q3n_tile_part<DT, Q8, 1, 1>(y, words + warp * q3n_tile_words(DT, 1), rows_of(a.m[which], at.e, row, a.end), x, a.K,
-                                  part);
+    const q3n_tile_weights w = rows_of(a.m[which], work ? at.e : 0, row, a.end);
+    if (work) q3n_tile_part<DT, Q8, 1, 1>(y, words + warp * q3n_tile_words(DT, 1), w, x, a.K, part);
     q3n_tile_sum<1, 1>(y, floats, part, parts);
+    if (work && part == 0) check<Q8, 1>(y, w, x, a.K);
 
     if (by_choice) {
       if (work && part == 0 && lane % 4 == 0) {
@@ -242,20 +255,24 @@ template <int DT, bool Q8> __global__ void __launch_bounds__(32 * Q3N_TILE_WARPS
     find_rows(a, at.from, at.n, true, pair_of, row_of);
     __syncthreads();
     const int64_t row = a.first + (item % a.row_blocks * warps + warp % warps) * 16;
+    const q3n_tile_weights w = rows_of(a.m[warp / warps], at.e, row, a.end);
+    const act_rows x = {a.act, row_of, at.n};
     float y[1][MANY][4];
-    q3n_tile_block<DT, Q8, 1, MANY>(y, words, floats, rows_of(a.m[warp / warps], at.e, row, a.end),
-                                    act_rows{a.act, row_of, at.n}, a.K);
+    q3n_tile_block<DT, Q8, 1, MANY>(y, words, floats, w, x, a.K);
+    check<Q8, MANY>(y, w, x, a.K);
     if (a.kind == GATE_AND_UP) {
       __syncthreads();
       if (warp >= warps) put<MANY>(y, floats + warp * COUNT);
       __syncthreads();
     }
-    if (warp < warps && row < a.end) finish<MANY>(a, y, floats + (warp + warps) % Q3N_TILE_WARPS * COUNT, row, at.n, pair_of);
+    if (warp >= warps || row >= a.end) continue;
+    finish<MANY>(a, y, floats + (warp + warps) % Q3N_TILE_WARPS * COUNT, row, at.n, pair_of);
   }
 }
 
 /* The tiles of up to `size` pairs, expert by expert. One block. */
-__global__ void __launch_bounds__(LIST_THREADS) list_tiles(int64_t *tiles, const int64_t *offsets, int64_t E, int size) {
+__global__ void __launch_bounds__(LIST_THREADS) list_tiles(int64_t *tiles, const int64_t *offsets, int64_t E,
+                                                          int size) {
   Q3N_SHARED(int64_t, part, 32);
   int64_t start = 0, all;
   for (int64_t first = 0; first < E; first += LIST_THREADS) {
@@ -298,11 +315,8 @@ bool is_few(int64_t T, int64_t E, int64_t top_k) {
   return T <= FEW_TOKENS && E <= FEW_EXPERTS && top_k <= FEW_CHOICES;
 }
 
-/* Pairs of a tile where there are many tokens. */
-int tile_pairs(int64_t pairs, int64_t E) { return pairs < 8 * E ? 8 : MANY_PAIRS; }
-
 int64_t list_bytes(int64_t pairs, int64_t E) {
-  return (64 + 16 * (pairs / tile_pairs(pairs, E) + (E < pairs ? E : pairs)) + 63) / 64 * 64;
+  return (64 + 16 * (pairs / 8 + (E < pairs ? E : pairs)) + 63) / 64 * 64;
 }
 
 /* Rows of down whose dots lie in scratch at a time. */
@@ -347,6 +361,14 @@ int instance(q3n_dtype t) {
   }
 }
 
+/* Pairs of a tile where there are many tokens: 32 where experts have some and the block fits. */
+int tile_pairs(const plan &a, bool q8, int64_t pairs) {
+  const int64_t own = 4 * q3n_tile_sum_floats(1, MANY) + 1024;
+  for (const matrix &m : a.m)
+    if (m.base && 4 * q3n_block_words(instance(m.dtype), q8, 1, MANY) + own > q3n_shared_limit()) return 8;
+  return pairs < 8 * a.E ? 8 : MANY_PAIRS;
+}
+
 /* `tiles` blocks of up to `size` pairs, or of a token. */
 q3n_status launch_experts(const plan &a, bool q8, int64_t tiles, int size, q3n_stream stream) {
   switch (instance(a.m[0].dtype)) {
@@ -371,8 +393,6 @@ Q3N_CUDA_OPERATOR(moe_up, moe_up) {
   const int64_t pairs = a->T * a->top_k;
   if (pairs == 0 || a->F == 0) return Q3N_OK;
   const bool few = is_few(a->T, a->E, a->top_k), q8 = a->x_dtype != Q3N_F32;
-  const int size = few ? 8 : tile_pairs(pairs, a->E);
-  int64_t tiles = pairs;
   plan p = {};
   p.m[0] = matrix_of(a->gate, a->gate_dtype, a->E, a->gate_e, a->F, a->gate_f);
   p.m[1] = matrix_of(a->up, a->up_dtype, a->E, a->up_e, a->F, a->up_f);
@@ -385,6 +405,8 @@ Q3N_CUDA_OPERATOR(moe_up, moe_up) {
   p.offsets = a->offsets;
   p.E = a->E, p.top_k = a->top_k, p.K = a->D;
   p.end = a->F;
+  const int size = few ? 8 : tile_pairs(p, q8, pairs);
+  int64_t tiles = pairs;
   if (!few) {
     p.tiles = (const int64_t *)scratch;
     tiles = pairs / size + (a->E < pairs ? a->E : pairs);
@@ -428,7 +450,7 @@ Q3N_CUDA_OPERATOR(moe_down, moe_down) {
     return launch_experts(p, q8, a->T, 8, stream);
   }
 
-  const int size = tile_pairs(pairs, a->E);
+  const int size = tile_pairs(p, q8, pairs);
   const int64_t tiles = pairs / size + (a->E < pairs ? a->E : pairs), rows = dots_rows(a);
   int64_t *const list = (int64_t *)scratch;
   float *const dots = (float *)((uint8_t *)scratch + list_bytes(pairs, a->E));

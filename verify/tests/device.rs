@@ -374,6 +374,39 @@ fn experts_from_logits_to_sum() -> Result<(), Error> {
     Ok(())
 }
 
+/// Nobody waits for the router: what comes after a NaN must still find experts that there are.
+#[test]
+fn a_nan_among_router_logits_stays_with_its_token() -> Result<(), Error> {
+    let (t, e, top_k, d, f) = (4, 8, 3, 32, 32);
+    let mut logits = fill(t * e, 30);
+    logits[2 * e + 5] = f32::NAN;
+    let zeros = vec![0u8; 4 * e * f * d];
+    for device in devices() {
+        let (stream, logits, x) = (device.stream()?, device.upload(&logits)?, device.upload(&fill(t * d, 31))?);
+        let (weights, mut y) = (device.upload(&zeros)?, device.zeros(t * d)?);
+        let (mut routed, mut bad) = (moe::Routing::on(&device)?, device.upload(&[i64::MAX])?);
+        routed.queue_route(logits.view([t, e])?, top_k, true, bad.view_mut([1])?, &stream)?;
+        let mut h = moe::Hidden::on(&device)?;
+        let args = moe::Args {
+            y: y.view_mut([t, d])?,
+            x: x.view([t, d])?.into(),
+            gate: weights.weight(DType::F32, [e, f, d])?,
+            up: weights.weight(DType::F32, [e, f, d])?,
+            down: weights.weight(DType::F32, [e, d, f])?,
+            routing: &routed,
+            accumulate: false,
+            h: &mut h,
+        };
+        moe::queue(args, &stream)?;
+        assert_eq!(bad.download()?, [2]);
+        let y = y.download()?;
+        for (token, row) in y.chunks(d).enumerate() {
+            assert!(row.iter().all(|y| if token == 2 { y.is_nan() } else { *y == 0.0 }), "token {token}: {row:?}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn misuse_is_refused_by_name() -> Result<(), Error> {
     for device in devices() {
