@@ -251,7 +251,8 @@ template <int KP> __device__ __forceinline__ void find_live(bool (&live)[2], con
   for (int r = 0; r < 2; r++) {
     int dead = 0;
     Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++) dead |= !small(s.x[i][2 * r]) | !small(s.x[i][2 * r + 1]);
+    for (int i = 0; i < KP / 8; i++)
+      if (!small(s.x[i][2 * r]) || !small(s.x[i][2 * r + 1])) dead = 1;
     dead |= __shfl_xor_sync(ALL, dead, 1);
     dead |= __shfl_xor_sync(ALL, dead, 2);
     live[r] = !dead;
