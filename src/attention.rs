@@ -22,6 +22,14 @@ operator!(
         q3n_attention_cuda_host_items,
         q3n_attention_cuda_host,
         q3n_attention_cuda_host_scratch_bytes
+    ],
+    [
+        "whole_cuda",
+        q3n_attention_whole_cuda,
+        q3n_attention_whole_cuda_scratch_bytes,
+        q3n_attention_whole_cuda_host_items,
+        q3n_attention_whole_cuda_host,
+        q3n_attention_whole_cuda_host_scratch_bytes
     ]
 );
 

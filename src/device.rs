@@ -31,8 +31,12 @@ use crate::memory::{sealed, Addresses, Element, Memory};
 use crate::operator::{Kernel, Operator};
 use crate::view::{packed, View, ViewMut};
 use crate::{DType, Error, Weight};
-use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::sync::Mutex;
+
+mod timing;
+#[doc(hidden)]
+pub use timing::{Limits, Times};
 
 /// The memory of devices, as a parameter of views and arguments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +129,19 @@ impl Device {
         }
     }
 
+    /// What drives it, with the CUDA version that the driver is for.
+    pub fn driver(&self) -> Result<String, Error> {
+        match &self.0 {
+            #[cfg(feature = "cuda")]
+            Place::Gpu(_) => {
+                let version = cuda("device", cust::CudaApiVersion::get())?;
+                Ok(format!("driver for CUDA {}.{}", version.major(), version.minor()))
+            }
+            #[cfg(feature = "cuda-host")]
+            Place::Executor => Ok("no driver".into()),
+        }
+    }
+
     /// A new stream.
     pub fn stream(&self) -> Result<Stream, Error> {
         self.enter()?;
@@ -138,7 +155,7 @@ impl Device {
             #[cfg(feature = "cuda-host")]
             Place::Executor => Queue::Executor,
         };
-        Ok(Stream { inner: Some(inner), scratch: RefCell::new(self.zeros(0)?), device: self.clone() })
+        Ok(Stream { inner: Some(inner), scratch: Mutex::new(self.zeros(0)?), device: self.clone() })
     }
 
     /// A buffer with these values.
@@ -211,7 +228,7 @@ enum Queue {
 pub struct Stream {
     /// `None` while it is dropped.
     inner: Option<Queue>,
-    scratch: RefCell<Buffer<u8>>,
+    scratch: Mutex<Buffer<u8>>,
     device: Device,
 }
 
@@ -291,7 +308,7 @@ impl Stream {
 
     /// Scratch of that size: what a kernel leaves there is gone when the next one of this stream runs.
     fn scratch(&self, bytes: i64) -> Result<*mut std::ffi::c_void, Error> {
-        let mut scratch = self.scratch.borrow_mut();
+        let mut scratch = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
         scratch.reserve(usize::try_from(bytes).unwrap_or(0))?;
         Ok(scratch.address().cast())
     }
@@ -398,9 +415,18 @@ impl<T: Element> Buffer<T> {
 
     /// The values, once the work queued so far is done.
     pub fn download(&self) -> Result<Vec<T>, Error> {
+        self.download_at(0, self.len)
+    }
+
+    /// `count` values from `first` on, once the work queued so far is done.
+    pub fn download_at(&self, first: usize, count: usize) -> Result<Vec<T>, Error> {
+        if first > self.len || count > self.len - first {
+            let why = format!("{count} of them from {first} on, there are {}", self.len);
+            return Err(Error::argument("values", why));
+        }
         self.device.enter()?;
-        let bytes = self.len * size_of::<T>();
-        let mut values = Vec::<T>::with_capacity(self.len);
+        let (start, bytes) = (first * size_of::<T>(), count * size_of::<T>());
+        let mut values = Vec::<T>::with_capacity(count);
         if bytes > 0 {
             match self.memory() {
                 #[cfg(feature = "cuda")]
@@ -408,17 +434,17 @@ impl<T: Element> Buffer<T> {
                     use cust::memory::CopyDestination;
                     // SAFETY: the capacity just made; every bit pattern is a u8.
                     let to = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), bytes) };
-                    cuda("buffer", memory.copy_to(to))?;
+                    cuda("buffer", memory.index(start..start + bytes).copy_to(to))?;
                 }
                 #[cfg(feature = "cuda-host")]
-                // SAFETY: both hold as many bytes.
+                // SAFETY: the range was compared with the length, and the vector is no part of a buffer.
                 Bytes::Executor(memory) => unsafe {
-                    values.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(memory.at, bytes)
+                    values.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(memory.at.add(start), bytes)
                 },
             }
         }
         // SAFETY: all of them were just written, and any bits are an element.
-        unsafe { values.set_len(self.len) };
+        unsafe { values.set_len(count) };
         Ok(values)
     }
 
@@ -435,6 +461,16 @@ impl<T: Element> Buffer<T> {
     ) -> Result<DeviceView<'_, R, T>, Error> {
         // SAFETY: the buffer's own elements, borrowed as long.
         unsafe { View::over(self.address(), self.len, shape, strides, self.device.id()) }
+    }
+
+    /// A view with strides in elements, from element `first` on.
+    pub fn view_from<const R: usize>(
+        &self,
+        first: usize,
+        shape: [usize; R],
+        strides: [usize; R],
+    ) -> Result<DeviceView<'_, R, T>, Error> {
+        self.view([self.len])?.part(first, shape, strides)
     }
 
     /// A packed writable view of its front.
@@ -488,6 +524,15 @@ impl Buffer<u8> {
     }
 }
 
+impl Buffer<f32> {
+    /// Its front as a packed weight.
+    pub fn weight<const R: usize>(&self, shape: [usize; R]) -> Result<Weight<'_, R, Cuda>, Error> {
+        let (at, bytes) = (self.address().cast(), 4 * self.len);
+        // SAFETY: the buffer's own elements, borrowed as long.
+        unsafe { Weight::over(at, bytes, DType::F32, shape, packed(shape), self.device.id()) }
+    }
+}
+
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
         // A context that can't be entered any more took its memory with it.
@@ -537,14 +582,23 @@ impl Drop for HostBytes {
     }
 }
 
-/// Indices that a device reads, with the copy that the checks of a call read: they never change.
+/// Indices that a device reads, with the copy that the checks of a call read.
 #[derive(Debug)]
 pub struct Indices {
-    host: Box<[i64]>,
+    host: Vec<i64>,
     device: Buffer<i64>,
 }
 
 impl Indices {
+    /// Replaces them, once the work queued so far is done. Allocates where these are more than ever before.
+    pub fn replace(&mut self, values: &[i64]) -> Result<(), Error> {
+        self.device.reserve(values.len())?;
+        self.device.write_at(0, values)?;
+        self.host.clear();
+        self.host.extend_from_slice(values);
+        Ok(())
+    }
+
     /// Address in the device's memory.
     pub(crate) fn at(&self) -> *const i64 {
         self.device.address()
@@ -561,7 +615,7 @@ const ZONE: usize = 4096;
 const GUARD: u8 = 0xa5;
 
 /// Runs a CUDA kernel on a call whose arguments lie in the CPU's memory: they are copied to the device, and what was written
-/// is copied back. For the suites.
+/// is copied back. For the suites. With `times` it is launched again and again in between, and timed.
 ///
 /// # Safety
 /// `raw` passed the operator's check and is valid on the CPU; `at` noted all its pointers.
@@ -570,6 +624,7 @@ pub(crate) unsafe fn run_staged<O: Operator>(
     kernel: &Kernel<O::Raw>,
     raw: &O::Raw,
     at: &Addresses,
+    times: Option<&Times>,
 ) -> Result<(), Error> {
     let mut extents = at.extents().to_vec();
     extents.retain(|e| e.bytes > 0);
@@ -584,10 +639,11 @@ pub(crate) unsafe fn run_staged<O: Operator>(
             _ => ranges.push(e),
         }
     }
+    // The copy's address keeps the argument's alignment. What is timed lies as in buffers.
+    let skew = |range: &crate::memory::Extent| if times.is_some() { 0 } else { range.at % 256 };
     let mut copies = Vec::with_capacity(ranges.len());
     for range in &ranges {
-        // The copy's address keeps the argument's alignment.
-        let skew = range.at % 256;
+        let skew = skew(range);
         let mut copy = stream.device.allocate::<u8>(ZONE + skew + range.bytes + ZONE)?;
         copy.write_at(0, &vec![GUARD; ZONE + skew])?;
         // SAFETY: the argument's own bytes.
@@ -605,15 +661,19 @@ pub(crate) unsafe fn run_staged<O: Operator>(
     };
     for word in words {
         if let Some(i) = ranges.iter().position(|r| (r.at..r.at + r.bytes).contains(word)) {
-            *word = copies[i].address() as usize + ZONE + ranges[i].at % 256 + (*word - ranges[i].at);
+            *word = copies[i].address() as usize + ZONE + skew(&ranges[i]) + (*word - ranges[i].at);
         }
     }
     // SAFETY: checked by the caller; every pointer has been replaced by that of its copy.
-    unsafe { stream.launch::<O>(&placed, kernel) }?;
+    let launch = || unsafe { stream.launch::<O>(&placed, kernel) };
+    match times {
+        Some(times) => stream.time(times, launch)?,
+        None => launch()?,
+    }
     stream.wait()?;
     for (range, copy) in ranges.iter().zip(&copies) {
         let bytes = copy.download()?;
-        let start = ZONE + range.at % 256;
+        let start = ZONE + skew(range);
         let (before, rest) = bytes.split_at(start);
         let (own, after) = rest.split_at(range.bytes);
         if before.iter().chain(after).any(|&byte| byte != GUARD) {

@@ -12,6 +12,14 @@ operator!(
     q3n_gated_delta_variant_at,
     q3n_gated_delta_best,
     [
+        "cuda",
+        q3n_gated_delta_cuda,
+        q3n_gated_delta_cuda_scratch_bytes,
+        q3n_gated_delta_cuda_host_items,
+        q3n_gated_delta_cuda_host,
+        q3n_gated_delta_cuda_host_scratch_bytes
+    ],
+    [
         "chunked64_cuda",
         q3n_gated_delta_chunked_cuda,
         q3n_gated_delta_chunked_cuda_scratch_bytes,

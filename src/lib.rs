@@ -35,8 +35,8 @@
 //! | [`rope`] | partial rotary embedding |
 //! | [`solve_tri`] | batched triangular solve and inverse |
 //!
-//! With the feature `cuda`, `device` holds devices, streams and buffers, and the modules of operators with CUDA kernels a
-//! module `cuda` whose `run` is theirs on a device (so far: gated_delta, norm).
+//! With the features `cuda` (GPUs) and `cuda-host` (the same kernels on the CPU, watched), `device` holds devices, streams
+//! and buffers, and an operator's arguments take views of buffers as well as of slices ([`memory`]): `queue` beside `run`.
 //!
 //! [`isa`] tells what the CPU offers and narrows it; [`dtype`] lists element types; [`operator`] holds what all
 //! operators share.

@@ -234,8 +234,8 @@ impl Routing<Cuda> {
     }
 
     /// Replaces the contents as [`Routing::route`] would: queues router and grouping. Allocates where these are more
-    /// pairs than ever before. A token with a NaN logit and the later ones have no experts, which `bad_token` tells: one
-    /// value, lowered to the first such token.
+    /// pairs than ever before. A token with a NaN logit goes to the first experts with NaN as weights, which `bad_token`
+    /// tells: one value, lowered to the first such token.
     pub fn queue_route(
         &mut self,
         logits: View<2, f32, Cuda>,
@@ -274,6 +274,14 @@ impl Routing<Cuda> {
         group::queue(group, stream)?;
         (self.tokens, self.experts, self.top_k) = (tokens, experts, top_k);
         Ok(())
+    }
+
+    /// As [`Routing::dense_again`]: every token to the only expert. The weights, `[tokens]`, are for the caller to fill.
+    pub fn dense_on(&mut self, tokens: usize, device: &Device) -> Result<ViewMut<'_, 1, f32, Cuda>, Error> {
+        if [self.tokens, self.experts, self.top_k] != [tokens, 1, 1] {
+            *self = Routing::upload(device, &Routing::dense(tokens, Some(vec![1.0; tokens]))?)?;
+        }
+        self.weights.get_or_insert(device.upload(&vec![1.0; tokens])?).view_mut([tokens])
     }
 
     /// Chosen experts, `[T][top_k]`.
@@ -595,7 +603,8 @@ pub mod group {
         pub ids: crate::device::DeviceView<'a, 2, i32>,
     }
 
-    /// As [`run`], on a device: queues it. An id outside 0..E is no error here: its pair belongs to no expert.
+    /// As [`run`], on a device: queues it. Where an id lies outside 0..E nothing is written, and nothing tells of it: ids
+    /// of [`route`](super::route) never do.
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     pub fn queue(mut args: CudaArgs, stream: &crate::device::Stream) -> Result<(), Error> {
         let [tokens, top_k] = args.ids.shape();

@@ -64,8 +64,25 @@ pub struct Variant<O: Operator> {
     run: unsafe extern "C" fn(*const O::Raw, i64, i64, *mut std::ffi::c_void) -> i32,
     /// Where its kernel runs instead.
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
-    staged: Option<(&'static crate::device::Device, &'static Kernel<O::Raw>)>,
+    staged: Option<Staged<O>>,
 }
+
+/// A kernel, the device it runs on, and where its times go if it is timed.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+struct Staged<O: Operator> {
+    device: &'static crate::device::Device,
+    kernel: &'static Kernel<O::Raw>,
+    times: Option<&'static crate::device::Times>,
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+impl<O: Operator> Clone for Staged<O> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+impl<O: Operator> Copy for Staged<O> {}
 
 impl<O: Operator> Clone for Variant<O> {
     fn clone(&self) -> Self {
@@ -117,9 +134,19 @@ impl<O: Operator> Variant<O> {
             items: one::<O::Raw>,
             scratch_bytes: none::<O::Raw>,
             run: nothing::<O::Raw>,
-            staged: Some((device, kernel)),
+            staged: Some(Staged { device, kernel, times: None }),
         };
         O::KERNELS.iter().map(of).collect()
+    }
+
+    /// As [`Variant::staged`], for benches: a call copies its arguments once, launches the kernel many times over, and what
+    /// each launch took is in `times` when it returns. What it leaves in arguments that it updates is not one call's.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    #[doc(hidden)]
+    pub fn staged_timed(device: &'static crate::device::Device, times: &'static crate::device::Times) -> Vec<Self> {
+        let mut variants = Self::staged(device);
+        variants.iter_mut().filter_map(|v| v.staged.as_mut()).for_each(|staged| staged.times = Some(times));
+        variants
     }
 
     /// Name of the variant within its operator, e.g. `recurrent_scalar`.
@@ -189,9 +216,9 @@ impl<O: Operator> Exec<O> {
             return Err(Error::argument("variant", why));
         }
         #[cfg(any(feature = "cuda", feature = "cuda-host"))]
-        if let Some((device, kernel)) = variant.staged {
+        if let Some(Staged { device, kernel, times }) = variant.staged {
             // SAFETY: `raw` passed the operator's check just above, and `at` noted its pointers.
-            return unsafe { crate::device::run_staged::<O>(&device.stream()?, kernel, raw, at) };
+            return unsafe { crate::device::run_staged::<O>(&device.stream()?, kernel, raw, at, times) };
         }
         #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
         let _ = at;

@@ -8,8 +8,8 @@
    so every element of K and V is read and converted once a block, from global memory to the fragments of B; no copy of
    them lies in shared memory. Keys go by segments of 256, counted from kv_begin. A segment's sums are complete before
    they are folded into the row's total, in the order of the segments: by the block itself (the total lies in o
-   meanwhile) or, split, by a second kernel from scratch. Both do the same arithmetic, and a row's does not depend on the
-   rows beside it: a query gives the same bits in every batch and split. README.md has the precision and the floors. */
+   meanwhile) or, split, by a second kernel from scratch. Both do the same arithmetic, and a row's does not depend on
+   those beside it: a query gives the same bits in every batch and split. README.md has the precision and the floors. */
 #include "../cuda/mma.cuh"
 #include "../cuda/reduce.cuh"
 
@@ -27,7 +27,6 @@ extern "C" {
 namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, KEYS = 64, SEGMENT = 256;
-constexpr int SCORE_ROW = KEYS + 8; /* rows 8 banks apart */
 constexpr unsigned ALL = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t bits(float x) { return (uint32_t)__float_as_int(x); }
@@ -44,8 +43,8 @@ __device__ __forceinline__ float f16_value(uint32_t u) {
 inline float f16_value(uint32_t u) { return q3n_f16_to_f32((uint16_t)u); }
 #endif
 
-/* How products are made of a cache of type KV. 16-bit floats are B as they lie, and A is two (f16) or three (bf16) terms
-   of theirs; otherwise both sides are tf32, A two terms, split where it is read, B the terms of a value. */
+/* How products are made of a cache of type KV. 16-bit floats are B as they lie, and A is two (f16) or three (bf16)
+   terms of theirs; otherwise both sides are tf32, A two terms, split where it is read, B the terms of a value. */
 template <q3n_dtype KV> constexpr bool PAIRS = KV == Q3N_F16 || KV == Q3N_BF16;
 /* Terms of A as stored; floats are split later. */
 template <q3n_dtype KV> constexpr int A_TERMS = KV == Q3N_F16 ? 2 : KV == Q3N_BF16 ? 3 : 1;
@@ -57,6 +56,9 @@ template <q3n_dtype KV> constexpr int DEPTH = PAIRS<KV> ? 16 : 8;
 template <q3n_dtype KV> constexpr int A_WORDS = 16 * 32 / (PAIRS<KV> ? 2 : 1) * A_TERMS<KV>;
 /* f16 ends at 2^-24: weights are taken times this, queries times a power of 2 that brings the row's largest near it. */
 constexpr float F16_SCALE = 16384.0f;
+
+/* Where the score of a row and key lies: four neighbouring rows have eight keys in different banks. */
+__device__ __forceinline__ int score_at(int row, int key) { return row * KEYS + (key ^ row % 4 * 8); }
 
 /* Eight neighbouring channels of a key or value as they lie in the cache. */
 template <q3n_dtype KV> struct octet {
@@ -135,7 +137,8 @@ template <q3n_dtype KV> __device__ __forceinline__ bool special(const octet<KV> 
     return !finite(v.d);
   } else {
     /* an exponent of all ones plus one carries into the sign */
-    constexpr uint32_t ones = KV == Q3N_F16 ? 0x7c007c00u : 0x7f807f80u, one = KV == Q3N_F16 ? 0x04000400u : 0x00800080u;
+    constexpr uint32_t ones = KV == Q3N_F16 ? 0x7c007c00u : 0x7f807f80u;
+    constexpr uint32_t one = KV == Q3N_F16 ? 0x04000400u : 0x00800080u;
     uint32_t carry = 0;
     Q3N_UNROLL
     for (int i = 0; i < 4; i++) carry |= (v.w[i] & ones) + one;
@@ -274,14 +277,27 @@ __device__ __forceinline__ bool find_tile(tile &x, const q3n_attention_args &a, 
   x.row = x.packed = 0;
   x.n = a.T;
   if (a.cu_seqlens) {
-    for (x.b = 0; x.b < a.B; x.b++) {
-      x.packed = a.cu_seqlens[x.b];
-      x.n = a.cu_seqlens[x.b + 1] - x.packed;
-      const int64_t count = (x.n * group + rows - 1) / rows;
-      if (i < count) break;
-      i -= count;
+    /* 32 sequences at a time */
+    const int lane = (int)(threadIdx.x % 32);
+    for (x.b = 0;; x.b += 32) {
+      if (x.b >= a.B) return false;
+      const int64_t b = x.b + lane;
+      int64_t upto = b < a.B ? ((a.cu_seqlens[b + 1] - a.cu_seqlens[b]) * group + rows - 1) / rows : 0;
+      const int64_t own = upto;
+      Q3N_UNROLL
+      for (int by = 1; by < 32; by *= 2) {
+        const int64_t other = __shfl_up_sync(ALL, upto, by);
+        if (lane >= by) upto += other;
+      }
+      const unsigned behind = __ballot_sync(ALL, i < upto);
+      const int found = behind ? __ffs((int)behind) - 1 : 31;
+      i -= __shfl_sync(ALL, behind ? upto - own : upto, found);
+      if (!behind) continue;
+      x.b += found;
+      break;
     }
-    if (x.b == a.B) return false;
+    x.packed = a.cu_seqlens[x.b];
+    x.n = a.cu_seqlens[x.b + 1] - x.packed;
   } else {
     x.b = x.row = i / tiles;
     i %= tiles;
@@ -307,24 +323,29 @@ __device__ __forceinline__ void stage_queries(q3n_shared<uint32_t> query, q3n_sh
                                               const q3n_attention_args &a, const tile &x, int64_t hkv, int64_t heads,
                                               int rows, int chunks) {
   if (KV == Q3N_F16) {
-    /* a power of 2 a row */
-    const int lane = (int)(threadIdx.x % 32);
-    for (int r = (int)(threadIdx.x / 32); r < rows; r += WARPS) {
-      const int64_t row = x.first + r, t = x.packed + row / heads, h = hkv * heads + row % heads;
-      const float *q = a.q + x.row * a.q_b + t * a.q_t + h * a.q_h;
+    /* a power of 2 a row: 8 lanes look for its largest */
+    const int lane = (int)(threadIdx.x % 8);
+    Q3N_ROLL
+    for (int r = (int)(threadIdx.x / 8); r < (rows + 3) / 4 * 4; r += THREADS / 8) {
+      const int64_t row = x.first + (r < rows ? r : 0), t = x.packed + row / heads, h = hkv * heads + row % heads;
+      const int64_t at = x.row * a.q_b + t * a.q_t + h * a.q_h;
       int largest = 0;
-      for (int64_t d = lane; d < a.D; d += 32) {
-        const int size = __float_as_int(q[d]) & 0x7fffffff;
-        largest = size > largest ? size : largest;
+      for (int64_t d = 8 * lane; d < a.D; d += 64) {
+        const octet<Q3N_F32> v = read<Q3N_F32, VECTOR>(a.q, at, d, a.D, true);
+        Q3N_UNROLL
+        for (int j = 0; j < 8; j++) {
+          const int size = __float_as_int(v.x[j]) & 0x7fffffff;
+          largest = size > largest ? size : largest;
+        }
       }
       Q3N_UNROLL
-      for (int by = 16; by > 0; by /= 2) {
+      for (int by = 4; by > 0; by /= 2) {
         const int other = __shfl_xor_sync(ALL, largest, by);
         largest = other > largest ? other : largest;
       }
       int exponent = (largest >> 23) - 127 - 14;
       if (exponent < -126) exponent = -126;
-      if (lane == 0) unscale[r] = __int_as_float((exponent + 127) << 23);
+      if (lane == 0 && r < rows) unscale[r] = __int_as_float((exponent + 127) << 23);
     }
     __syncthreads();
   }
@@ -424,7 +445,7 @@ __device__ __forceinline__ void score_keys(q3n_shared<float> score, q3n_shared<u
           x.x += small[m][n][2 * half];
           x.y += small[m][n][2 * half + 1];
         }
-        q3n_store(score + (16 * m + group + 8 * half) * SCORE_ROW + 16 * warp + 8 * n + 2 * member, x);
+        q3n_store(score + score_at(16 * m + group + 8 * half, 16 * warp + 8 * n + 2 * member), x);
       }
   }
 }
@@ -506,7 +527,8 @@ template <q3n_dtype KV> __device__ __forceinline__ uint32_t seen(uint32_t weight
 
 template <q3n_dtype KV, int MT>
 __device__ __forceinline__ void add_special(float (&sum)[MT][8][4], q3n_shared<uint32_t> weight,
-                                            const octet<KV> (&v)[STEP_OCTETS<KV>], int tile0, int tile_step, int tiles) {
+                                            const octet<KV> (&v)[STEP_OCTETS<KV>], int tile0, int tile_step,
+                                            int tiles) {
   Q3N_UNROLL
   for (int m = 0; m < MT; m++) {
     if (tile0 + tile_step * m >= tiles) break;
@@ -535,8 +557,8 @@ __device__ __forceinline__ void add_special(float (&sum)[MT][8][4], q3n_shared<u
 
 /* The values of keys `key0` .. of a lane's step: its octets, of which those from `n` on are 0. */
 template <q3n_dtype KV, bool VECTOR>
-__device__ __forceinline__ void read_step(octet<KV> (&v)[STEP_OCTETS<KV>], const void *cache, int64_t at, int64_t stride,
-                                          int key0, int n, int64_t c, int64_t D) {
+__device__ __forceinline__ void read_step(octet<KV> (&v)[STEP_OCTETS<KV>], const void *cache, int64_t at,
+                                          int64_t stride, int key0, int n, int64_t c, int64_t D) {
   Q3N_UNROLL
   for (int j = 0; j < STEP_OCTETS<KV>; j++) {
     const int key = key0 + (int)(threadIdx.x % 4) + 4 * j;
@@ -570,7 +592,8 @@ __device__ __forceinline__ void fold_out(float *o, float (&v)[4], float4 f, bool
 }
 
 /* Blocks on a multiprocessor: as many as leave registers enough. */
-template <q3n_dtype KV, int MT, int NG> constexpr int RESIDENT = MT * NG > 1 && !(PAIRS<KV> && MT == 2) ? 2 : 3;
+template <q3n_dtype KV, int MT, int NG>
+[[maybe_unused]] constexpr int RESIDENT = MT * NG > 1 && !(PAIRS<KV> && MT == 2) ? 2 : 3;
 
 /* MT tiles of 16 rows; NG groups of 64 channels a warp. */
 template <q3n_dtype KV, int MT, int NG, bool VECTOR>
@@ -579,8 +602,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<KV, MT, NG>)
   constexpr int ROWS = 16 * MT;
   const int chunks = (int)((a.D + 31) / 32);
   Q3N_SHARED_DYNAMIC(uint32_t, weight, 0, MT * 2 * A_WORDS<KV>);
-  Q3N_SHARED_DYNAMIC(float, score, MT * 2 * A_WORDS<KV> * 4, ROWS * SCORE_ROW);
-  Q3N_SHARED_DYNAMIC(uint32_t, query, (MT * 2 * A_WORDS<KV> + ROWS * SCORE_ROW) * 4, MT * chunks * A_WORDS<KV>);
+  Q3N_SHARED_DYNAMIC(float, score, MT * 2 * A_WORDS<KV> * 4, ROWS * KEYS);
+  Q3N_SHARED_DYNAMIC(uint32_t, query, (MT * 2 * A_WORDS<KV> + ROWS * KEYS) * 4, MT * chunks * A_WORDS<KV>);
   Q3N_SHARED(int64_t, end, ROWS);   /* keys a row sees */
   Q3N_SHARED(float, unscale, ROWS); /* a power of 2, by which q was divided */
   Q3N_SHARED(float, rescale, ROWS); /* what its sums take before this block of keys */
@@ -646,7 +669,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<KV, MT, NG>)
           if (key >= seen) continue;
           const float bias = mask ? mask[key] : 0.0f;
           if (mask && bias == -INFINITY) continue;
-          float dot = score[r * SCORE_ROW + key];
+          float dot = score[score_at(r, key)];
           if (KV == Q3N_F16) dot *= unscale[r];
           if (!finite(dot)) again |= 1 << i;
           s[i] = a.scale * dot + bias;
@@ -656,12 +679,12 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<KV, MT, NG>)
         for (int left = again; left; left &= left - 1) {
           const int key = first_key + 8 * (__ffs(left) - 1);
           const float *q = a.q + x.row * a.q_b + t * a.q_t + (hkv * heads + row % heads) * a.q_h;
-          score[r * SCORE_ROW + key] =
+          score[score_at(r, key)] =
               a.scale * plain_score<KV>(q, a.k, k_at + (j0 + key) * a.k_s, a.D) + (mask ? mask[key] : 0.0f);
         }
         Q3N_UNROLL
         for (int i = 0; i < KEYS / 8; i++)
-          if (again >> i & 1) s[i] = score[r * SCORE_ROW + first_key + 8 * i];
+          if (again >> i & 1) s[i] = score[score_at(r, first_key + 8 * i)];
         Q3N_UNROLL
         for (int i = 0; i < KEYS / 8; i++)
           if (s[i] > max) max = s[i];
@@ -817,15 +840,16 @@ struct merge {
   int64_t parts, rows, T, HQ, D;
 };
 
-/* A block has 128 channels of a row. What the parts before a part count when it comes follows from the maximum over
-   those, so all factors are known before the sums are read. */
+/* A block has 32 channels of a row. What the sums so far count when a part comes follows from the maxima alone, so all
+   factors are known before the sums are read, and these are read at once, 128 parts at a time. */
+constexpr int MERGE_CHANNELS = 32;
+
 __global__ void __launch_bounds__(THREADS) merge_rows(merge a, int64_t blocks_a_row) {
-  Q3N_SHARED(float, keep, THREADS);
-  Q3N_SHARED(float, take, THREADS);
-  Q3N_SHARED(float, sums, THREADS);
+  Q3N_SHARED(float4, factor, THREADS); /* of a part: keep, take, its sum of weights */
   Q3N_SHARED(float, largest, WARPS);
+  Q3N_SHARED(float, sums, THREADS * MERGE_CHANNELS);
   const int lane = (int)(threadIdx.x % 32), warp = (int)(threadIdx.x / 32);
-  const int64_t row = blockIdx.x / blocks_a_row, c = blockIdx.x % blocks_a_row * THREADS + threadIdx.x;
+  const int64_t row = blockIdx.x / blocks_a_row, c = blockIdx.x % blocks_a_row * MERGE_CHANNELS + lane;
   const bool mine = c < a.D;
   softmax total = {-INFINITY, 0.0f};
   float o = 0.0f;
@@ -843,7 +867,7 @@ __global__ void __launch_bounds__(THREADS) merge_rows(merge a, int64_t blocks_a_
         part.sum = part.max == -INFINITY ? 0.0f : 1.0f;
       }
     }
-    /* the maximum of the parts before, then with this one */
+    /* the maximum of the parts before */
     float upto = part.max;
     Q3N_UNROLL
     for (int by = 1; by < 32; by *= 2) {
@@ -851,46 +875,51 @@ __global__ void __launch_bounds__(THREADS) merge_rows(merge a, int64_t blocks_a_
       if (lane >= by && other > upto) upto = other;
     }
     const float left = __shfl_up_sync(ALL, upto, 1);
-    softmax before = total;
     if (lane == 31) largest[warp] = upto;
     __syncthreads();
+    softmax before = {total.max, 0.0f};
     for (int w = 0; w < warp; w++)
       if (largest[w] > before.max) before.max = largest[w];
     if (lane > 0 && left > before.max) before.max = left;
-    float keep_mine = 1.0f, take_mine = 0.0f;
-    fold(before, part, keep_mine, take_mine);
-    keep[threadIdx.x] = keep_mine;
-    take[threadIdx.x] = take_mine;
-    sums[threadIdx.x] = part.sum;
+    for (int w = 0; w < WARPS; w++)
+      if (largest[w] > total.max) total.max = largest[w];
+    float4 f = make_float4(1.0f, 0.0f, part.sum, 0.0f);
+    fold(before, part, f.x, f.y);
+    factor[threadIdx.x] = f;
     __syncthreads();
 
-    constexpr int AHEAD = 8;
+    constexpr int AHEAD = 16;
     const int n = a.parts - p0 < THREADS ? (int)(a.parts - p0) : THREADS;
     const float *from = a.part_o + (p0 * a.rows + row) * a.D + c;
-    for (int p = 0; p < n; p += AHEAD) {
+    Q3N_ROLL
+    for (int p = warp; p < n; p += AHEAD * WARPS) {
       float v[AHEAD];
       Q3N_UNROLL
       for (int i = 0; i < AHEAD; i++) {
+        const int at = p + i * WARPS;
         v[i] = 0.0f;
-        if (mine && p + i < n && sums[p + i] != 0.0f) v[i] = from[(p + i) * a.rows * a.D];
+        if (!mine || at >= n) continue;
+        const float4 g = factor[at];
+        if (g.z != 0.0f) v[i] = from[at * a.rows * a.D]; /* an empty part has no sums */
       }
       Q3N_UNROLL
-      for (int i = 0; i < AHEAD; i++) {
-        if (p + i >= n) break;
-        const float add = sums[p + i];
-        if (add == 0.0f) continue;
-        total.sum = __fmaf_rn(add, take[p + i], total.sum * keep[p + i]);
-        o = __fmaf_rn(v[i], take[p + i], o * keep[p + i]);
-      }
+      for (int i = 0; i < AHEAD; i++)
+        if (p + i * WARPS < n) sums[(p + i * WARPS) * MERGE_CHANNELS + lane] = v[i];
     }
-    for (int w = 0; w < WARPS; w++)
-      if (largest[w] > total.max) total.max = largest[w];
     __syncthreads();
+    for (int p = 0; p < n && warp == 0; p++) {
+      const float4 g = factor[p];
+      const float v = sums[p * MERGE_CHANNELS + lane];
+      if (g.z == 0.0f) continue;
+      total.sum = __fmaf_rn(g.z, g.y, total.sum * g.x);
+      o = __fmaf_rn(v, g.y, o * g.x);
+    }
   }
+  if (warp != 0) return;
   const int64_t token = row / a.HQ, h = row % a.HQ, b = token / a.T, t = token % a.T;
-  const float factor = norm_after_sink(total, a.sinks, h);
+  const float norm = norm_after_sink(total, a.sinks, h);
   if (mine) {
-    float v = o * factor;
+    float v = o * norm;
     if (a.gate) v *= sigmoid(a.gate[b * a.gate_b + t * a.gate_t + h * a.gate_h + c]);
     a.o[b * a.o_b + t * a.o_t + h * a.o_h + c] = v;
   }
@@ -898,7 +927,7 @@ __global__ void __launch_bounds__(THREADS) merge_rows(merge a, int64_t blocks_a_
 }
 
 q3n_status launch_merge(const merge &a, q3n_stream stream) {
-  const int64_t blocks = (a.D + THREADS - 1) / THREADS;
+  const int64_t blocks = (a.D + MERGE_CHANNELS - 1) / MERGE_CHANNELS;
   return Q3N_LAUNCH(merge_rows, (a, blocks), a.rows * blocks, THREADS, 0, stream);
 }
 
@@ -944,7 +973,7 @@ bool aligned(const void *p, int64_t bytes, int64_t D, int64_t s0, int64_t s1, in
 
 template <q3n_dtype KV, int MT, int NG, bool VECTOR>
 q3n_status launch_form(const q3n_attention_args *a, const plan &x, const partial &parts, q3n_stream stream) {
-  const int64_t words = MT * (2 + (a->D + 31) / 32) * A_WORDS<KV> + 16 * MT * SCORE_ROW;
+  const int64_t words = MT * (2 + (a->D + 31) / 32) * A_WORDS<KV> + 16 * MT * KEYS;
   return Q3N_LAUNCH((attend<KV, MT, NG, VECTOR>), (*a, parts, x.tiles), x.blocks * (parts.o ? parts.segments : 1),
                     THREADS, words * 4, stream);
 }

@@ -153,6 +153,20 @@ static q3n_status q3n_launch(const char *name, q3n_dims grid, q3n_dims block, in
   extern "C" int64_t q3n_##name##_cuda_host_scratch_bytes(const q3n_##op##_args *a)
 #endif
 
+/* What the current device has: bytes of shared memory that a block may take, multiprocessors. The executor is an H100. */
+#if defined(__CUDACC__)
+static inline int64_t q3n_device_attribute(cudaDeviceAttr which) {
+  int device, value;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 0;
+  return value;
+}
+static inline int64_t q3n_shared_limit() { return q3n_device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+static inline int64_t q3n_multiprocessors() { return q3n_device_attribute(cudaDevAttrMultiProcessorCount); }
+#else
+static inline int64_t q3n_shared_limit() { return 227 * 1024; }
+static inline int64_t q3n_multiprocessors() { return 132; }
+#endif
+
 /* Q3N_CUDA_CALL(name, a, scratch, stream): another operator's launcher. */
 #if defined(__CUDACC__)
 #define Q3N_CUDA_CALL(name, a, scratch, stream) q3n_##name##_cuda(a, scratch, stream)

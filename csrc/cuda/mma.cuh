@@ -155,7 +155,8 @@ inline void finish_mma_tf32(lane_call *const *lane, unsigned) {
   }
 }
 
-template <int N> void mma_s8(int (&d)[4], const uint32_t (&a)[2 * N], const uint32_t (&b)[N], const int (&c)[4], place at) {
+template <int N>
+void mma_s8(int (&d)[4], const uint32_t (&a)[2 * N], const uint32_t (&b)[N], const int (&c)[4], place at) {
   mma_bytes<N> in;
   memcpy(in.a, a, sizeof a);
   memcpy(in.b, b, sizeof b);

@@ -8,8 +8,8 @@
    A value that is not finite must not meet the zeros above the diagonals. So a warp watches u, block of 16 tokens by
    block: from the first token on whose u is not finite it takes the rest of the chunk token by token, as it takes
    fewer than 8 tokens. README.md has the floors. */
-#include "../cuda/mma.cuh"
 #include "../cuda/reduce.cuh"
+#include "../cuda/tf32.cuh"
 #include "gated_delta_parts.cuh"
 
 namespace {
@@ -26,12 +26,6 @@ constexpr unsigned ALL = 0xffffffffu;
    token. */
 constexpr float SCALE = 4294967296.0f, UNSCALE = 1.0f / SCALE;
 
-/* Column 8 eight + one of a row of `width` numbers in shared memory. Eights change places within fours so that rows
-   0 .. 3 and rows 0, 2, 4, 6 from any multiple of 4 or 8 on lie in different banks. */
-__device__ __forceinline__ int place(int row, int eight, int one, int width) {
-  return row * width + eight / 4 * 32 + (eight % 4 ^ ((row ^ row / 4) & 3)) * 8 + one;
-}
-
 __device__ __forceinline__ bool small(float x) { return fabsf(x) < 3.3e38f; } /* false for NaN */
 
 /* x, in a way that forbids to keep what is made of it: the state's parts would not fit into the registers. */
@@ -40,45 +34,6 @@ __device__ __forceinline__ float anew(float x) {
   asm volatile("" : "+f"(x));
 #endif
   return x;
-}
-
-struct left {
-  uint32_t high[4], low[4];
-};
-struct right {
-  uint32_t high[2], low[2];
-};
-
-/* x holds sums: rows group (0, 1) and group + 8, columns 2 member and 2 member + 1, which become the factor's columns
-   member and member + 4. */
-__device__ __forceinline__ left split_left(const float (&x)[4]) {
-  left y;
-  Q3N_UNROLL
-  for (int i = 0; i < 4; i++) q3n_split_tf32(x[i / 2 + i % 2 * 2], y.high[i], y.low[i]);
-  return y;
-}
-
-__device__ __forceinline__ right split_right(float2 x) {
-  right y;
-  q3n_split_tf32(x.x, y.high[0], y.low[0]);
-  q3n_split_tf32(x.y, y.high[1], y.low[1]);
-  return y;
-}
-
-/* Sums, those of the small products apart: two chains, and the large ones are rounded once in all. */
-struct sums {
-  float large[4], rest[4];
-};
-
-__device__ __forceinline__ void clear(sums &x) {
-  Q3N_UNROLL
-  for (int i = 0; i < 4; i++) x.large[i] = x.rest[i] = 0.0f;
-}
-
-__device__ __forceinline__ void add_product(sums &x, const left &a, const right &b) {
-  q3n_mma_tf32(x.large, a.high, b.high, x.large);
-  q3n_mma_tf32(x.rest, a.high, b.low, x.rest);
-  q3n_mma_tf32(x.rest, a.low, b.high, x.rest);
 }
 
 /* What all warps of a block share of a chunk. */
@@ -90,10 +45,11 @@ struct shared_chunk {
   q3n_shared<float> decay, beta;   /* [C] exp(g), beta: 1 and 0 past the end */
   q3n_shared<float> key, query;    /* [C] what a key and a query are to be multiplied by: norms, scale */
   q3n_shared<float> start, end;    /* [C] decay from the chunk's start, and on to its end */
-  q3n_shared<float> near;          /* [C][BLOCK] decay from a token to each later one of its diagonal block */
-  q3n_shared<double> head, tail;   /* [C] decay from the start of the diagonal block, and on to its end */
+  q3n_shared<float> near;          /* [BLOCK][C] decay to so many tokens later in the diagonal block */
+  q3n_shared<double> since, until; /* [C] decay from the start of the diagonal block, and on to its end */
   q3n_shared<float> gain;          /* [2] decay over the chunk, and what its rounding left over */
   q3n_shared<int> bad;             /* first row of A that is not finite */
+  q3n_shared<head> at;             /* here rather than in registers, of which there are few */
 };
 
 /* q and k of the tokens t0 .. t0 + n, zeros past n and K. */
@@ -103,7 +59,7 @@ __device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head 
   for (int i = (int)threadIdx.x; i < 2 * C * KP / 4; i += (int)blockDim.x) {
     const int which = i / (C * KP / 4), row = i / (KP / 4) % C, c = i % (KP / 4) * 4;
     const float *from = which ? at.q + (t0 + row) * a.q_t : at.k + (t0 + row) * a.k_t;
-    const q3n_shared<float> to = (which ? q : k) + place(row, c / 8, c % 8, KP);
+    const q3n_shared<float> to = (which ? q : k) + q3n_place(row, c / 8, c % 8, KP);
     if (row < n && c < a.K && vectors) {
       q3n_copy_async16(to, from + c);
     } else {
@@ -135,58 +91,59 @@ __device__ __forceinline__ void find_decays(gates x, const shared_chunk &ch) {
   const int i = (int)threadIdx.x, r = i % BLOCK;
   if (i / 32 >= C / 32) return;
   const float e = expf(x.g);
-  double head = (double)e, tail = 1.0;
+  double since = (double)e, until = 1.0;
   Q3N_UNROLL
   for (int by = 1; by < BLOCK; by *= 2) {
-    const double before = __shfl_up_sync(ALL, head, by, BLOCK);
-    if (r >= by) head *= before;
+    const double before = __shfl_up_sync(ALL, since, by, BLOCK);
+    if (r >= by) since *= before;
   }
   Q3N_UNROLL
   for (int d = 0; d < BLOCK; d++) {
     const float later = __shfl_down_sync(ALL, e, d, BLOCK);
-    if (d > 0 && r + d < BLOCK) tail *= (double)later;
-    ch.near[i * BLOCK + d] = (float)tail;
+    if (d > 0 && r + d < BLOCK) until *= (double)later;
+    ch.near[d * C + i] = (float)until;
   }
   ch.decay[i] = e;
   ch.beta[i] = x.beta;
-  ch.head[i] = head;
-  ch.tail[i] = tail;
+  ch.since[i] = since;
+  ch.until[i] = until;
 }
 
+/* 8 lanes a row. */
 template <int KP>
 __device__ __forceinline__ void find_norms(const q3n_gated_delta_args &a, int n, const shared_chunk &ch) {
-  const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32);
-  for (int row = (int)(threadIdx.x / 32); row < 2 * C; row += warps) {
+  const int member = (int)(threadIdx.x % 8);
+  for (int row = (int)(threadIdx.x / 8); row < 2 * C; row += (int)(blockDim.x / 8)) {
     const int i = row % C;
     float norm = 1.0f;
-    if (a.qk_l2norm && i < n) {
-      float sum = 0.0f;
-      if (lane < KP / 4) {
-        const float4 x = q3n_load<float4>((row < C ? ch.k : ch.q) + place(i, lane / 2, lane % 2 * 4, KP));
-        sum = __fmaf_rn(x.x, x.x, x.y * x.y) + __fmaf_rn(x.z, x.z, x.w * x.w);
+    if (a.qk_l2norm) {
+      const q3n_shared<float> from = row < C ? ch.k : ch.q;
+      float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      Q3N_UNROLL
+      for (int c = 0; c < KP / 8; c += 4) {
+        const float4 x = q3n_load<float4>(from + q3n_place(i, c + member / 2, member % 2 * 4, KP));
+        part[0] = __fmaf_rn(x.x, x.x, part[0]), part[1] = __fmaf_rn(x.y, x.y, part[1]);
+        part[2] = __fmaf_rn(x.z, x.z, part[2]), part[3] = __fmaf_rn(x.w, x.w, part[3]);
       }
-      norm = 1.0f / sqrtf(q3n_warp_sum(sum) + a.qk_l2norm_eps);
+      const float sum = q3n_warp_sum((part[0] + part[1]) + (part[2] + part[3]), 8);
+      if (i < n) norm = 1.0f / sqrtf(sum + a.qk_l2norm_eps);
     }
-    if (lane == 0) {
-      if (row < C)
-        ch.key[i] = norm;
-      else
-        ch.query[i] = norm * a.scale;
-    }
+    if (member == 0 && row < C) ch.key[i] = norm;
+    if (member == 0 && row >= C) ch.query[i] = norm * a.scale;
   }
 }
 
 /* Decays over whole diagonal blocks join those within. */
 __device__ __forceinline__ double over_blocks(const shared_chunk &ch, int from, int to) {
   double x = 1.0;
-  for (int b = from; b < to; b++) x *= (double)ch.head[b * BLOCK + BLOCK - 1];
+  for (int b = from; b < to; b++) x *= (double)ch.since[b * BLOCK + BLOCK - 1];
   return x;
 }
 
 __device__ __forceinline__ void find_ends(const shared_chunk &ch) {
   for (int i = (int)threadIdx.x; i < C; i += (int)blockDim.x) {
-    ch.start[i] = (float)((double)ch.head[i] * over_blocks(ch, 0, i / BLOCK));
-    ch.end[i] = (float)((double)ch.tail[i] * over_blocks(ch, i / BLOCK + 1, C / BLOCK));
+    ch.start[i] = (float)((double)ch.since[i] * over_blocks(ch, 0, i / BLOCK));
+    ch.end[i] = (float)((double)ch.until[i] * over_blocks(ch, i / BLOCK + 1, C / BLOCK));
   }
   if (threadIdx.x == 0) {
     const double gain = over_blocks(ch, 0, C / BLOCK);
@@ -195,78 +152,45 @@ __device__ __forceinline__ void find_ends(const shared_chunk &ch) {
   }
 }
 
-/* A and P: tiles of 16 x 8 on and below the diagonal, of either matrix, warp by warp. */
+/* A and P: tiles of 16 x 8 on and below the diagonal, warp by warp. */
 template <int KP> __device__ __forceinline__ void find_scores(int n, const shared_chunk &ch) {
   const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32), group = lane / 4, member = lane % 4;
-  for (int task = (int)(threadIdx.x / 32); task < 40; task += warps) {
-    const int tile = task / 2, query = task % 2;
+  for (int tile = (int)(threadIdx.x / 32); tile < 20; tile += warps) {
     const int b = tile < 2 ? 0 : tile < 6 ? 1 : tile < 12 ? 2 : 3, i0 = b * BLOCK, j0 = (tile - b * (b + 1)) * 8;
     if (i0 >= n) break;
-    const q3n_shared<float> rows = query ? ch.q : ch.k;
-    sums x;
-    clear(x);
+    q3n_sums kk, qk;
+    q3n_clear(kk), q3n_clear(qk);
     Q3N_UNROLL
-    for (int c = 0; c < KP; c += 8) {
-      float l[4];
-      Q3N_UNROLL
-      for (int i = 0; i < 2; i++) {
-        const float2 pair = q3n_load<float2>(rows + place(i0 + group + 8 * i, c / 8, 2 * member, KP));
-        l[2 * i] = pair.x, l[2 * i + 1] = pair.y;
-      }
-      add_product(x, split_left(l), split_right(q3n_load<float2>(ch.k + place(j0 + group, c / 8, 2 * member, KP))));
+    for (int c = 0; c < KP / 8; c++) {
+      const q3n_right key = q3n_split_right(q3n_load<float2>(ch.k + q3n_place(j0 + group, c, 2 * member, KP)));
+      const int from = q3n_place(i0 + group, c, 2 * member, KP), below = q3n_place(i0 + group + 8, c, 2 * member, KP);
+      q3n_add_product(kk, q3n_split_rows(q3n_load<float2>(ch.k + from), q3n_load<float2>(ch.k + below)), key);
+      q3n_add_product(qk, q3n_split_rows(q3n_load<float2>(ch.q + from), q3n_load<float2>(ch.q + below)), key);
     }
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
       const int i = i0 + group + 8 * r;
-      const float mine = query ? (float)ch.query[i] : (float)ch.key[i];
-      const double reach = (double)ch.head[i] * over_blocks(ch, j0 / BLOCK + 1, b);
-      float pair[2];
+      const float beta = ch.beta[i], ki = ch.key[i], qi = ch.query[i];
+      const double reach = (double)ch.since[i] * over_blocks(ch, j0 / BLOCK + 1, b);
+      float a[2] = {0.0f, 0.0f}, p[2] = {0.0f, 0.0f};
       Q3N_UNROLL
       for (int m = 0; m < 2; m++) {
-        const int j = j0 + 2 * member + m;
-        pair[m] = 0.0f;
+        const int j = j0 + 2 * member + m, x = 2 * r + m;
         if (j > i) continue;
-        const float decay = j0 >= i0 ? (float)ch.near[j * BLOCK + i - j] : (float)(reach * (double)ch.tail[j]);
-        const float value = (x.large[2 * r + m] + x.rest[2 * r + m]) * (mine * (float)ch.key[j]);
+        const float key = ch.key[j];
+        const float decay = j0 >= i0 ? (float)ch.near[(i - j) * C + j] : (float)(reach * (double)ch.until[j]);
+        const float product = (qk.large[x] + qk.rest[x]) * (qi * key);
         if (j == i) {
-          if (query) ch.self[i] = value;
-          continue;
+          ch.self[i] = product;
+        } else {
+          a[m] = (kk.large[x] + kk.rest[x]) * (ki * key) * (beta * decay * SCALE);
+          p[m] = product * (decay * SCALE);
+          if (!small(a[m])) atomicMin(&ch.bad[0], i);
         }
-        pair[m] = value * ((query ? decay : (float)ch.beta[i] * decay) * SCALE);
-        if (!query && !small(pair[m])) atomicMin(&ch.bad[0], i);
       }
-      q3n_store((query ? ch.p : ch.a) + place(i, j0 / 8, 2 * member, C), make_float2(pair[0], pair[1]));
+      q3n_store(ch.a + q3n_place(i, j0 / 8, 2 * member, C), make_float2(a[0], a[1]));
+      q3n_store(ch.p + q3n_place(i, j0 / 8, 2 * member, C), make_float2(p[0], p[1]));
     }
-  }
-}
-
-/* The diagonal blocks of A become (I + A)^-1 - I by substitution, a lane a column. */
-__device__ __forceinline__ void invert_diagonal(int n, const shared_chunk &ch) {
-  const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32), column = lane % BLOCK;
-  for (int pair = (int)(threadIdx.x / 32); 2 * pair * BLOCK < n; pair += warps) {
-    const int first = (2 * pair + lane / BLOCK) * BLOCK;
-    const bool mine = first < n;
-    float x[BLOCK];
-    Q3N_UNROLL
-    for (int i = 0; i < BLOCK; i++) {
-      float part[2] = {0.0f, 0.0f};
-      Q3N_UNROLL
-      for (int j = 0; j < i; j += 4) {
-        float row[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (mine) {
-          const float4 v = q3n_load<float4>(ch.a + place(first + i, (first + j) / 8, j % 8, C));
-          row[0] = v.x * UNSCALE, row[1] = v.y * UNSCALE, row[2] = v.z * UNSCALE, row[3] = v.w * UNSCALE;
-        }
-        Q3N_UNROLL
-        for (int m = 0; m < 4; m++)
-          if (j + m < i)
-            part[m % 2] = column == j + m ? part[m % 2] + row[m] : __fmaf_rn(row[m], x[j + m], part[m % 2]);
-      }
-      x[i] = i > column ? -(part[0] + part[1]) : 0.0f;
-    }
-    __syncwarp();
-    for (int i = 0; i < BLOCK; i++)
-      if (mine) ch.a[place(first + i, (first + column) / 8, column % 8, C)] = x[i] * SCALE;
   }
 }
 
@@ -276,7 +200,7 @@ template <int KP> struct rows_of_state {
 };
 
 template <int KP>
-__device__ __forceinline__ void load_state(rows_of_state<KP> &s, const float *from, int64_t stride, int64_t row,
+__device__ __forceinline__ void load_state(rows_of_state<KP> &s, const float *from, int64_t stride, int row,
                                            const q3n_gated_delta_args &a, bool vectors) {
   const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
   Q3N_UNROLL
@@ -284,7 +208,7 @@ __device__ __forceinline__ void load_state(rows_of_state<KP> &s, const float *fr
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
       const int c = 8 * i + 2 * member;
-      const int64_t v = row + group + 8 * r;
+      const int v = row + group + 8 * r;
       float2 pair = make_float2(0.0f, 0.0f);
       if (from && v < a.V) {
         const float *at = from + v * stride + c;
@@ -300,7 +224,7 @@ __device__ __forceinline__ void load_state(rows_of_state<KP> &s, const float *fr
 }
 
 template <int KP>
-__device__ __forceinline__ void store_state(const rows_of_state<KP> &s, float *to, int64_t stride, int64_t row,
+__device__ __forceinline__ void store_state(const rows_of_state<KP> &s, float *to, int64_t stride, int row,
                                             const q3n_gated_delta_args &a, bool vectors) {
   const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
   Q3N_UNROLL
@@ -308,7 +232,7 @@ __device__ __forceinline__ void store_state(const rows_of_state<KP> &s, float *t
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
       const int c = 8 * i + 2 * member;
-      const int64_t v = row + group + 8 * r;
+      const int v = row + group + 8 * r;
       if (v >= a.V) continue;
       float *at = to + v * stride + c;
       if (vectors && c < a.K) {
@@ -327,7 +251,8 @@ template <int KP> __device__ __forceinline__ void find_live(bool (&live)[2], con
   for (int r = 0; r < 2; r++) {
     int dead = 0;
     Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++) dead |= !small(s.x[i][2 * r]) | !small(s.x[i][2 * r + 1]);
+    for (int i = 0; i < KP / 8; i++)
+      if (!small(s.x[i][2 * r]) || !small(s.x[i][2 * r + 1])) dead = 1;
     dead |= __shfl_xor_sync(ALL, dead, 1);
     dead |= __shfl_xor_sync(ALL, dead, 2);
     live[r] = !dead;
@@ -336,16 +261,16 @@ template <int KP> __device__ __forceinline__ void find_live(bool (&live)[2], con
 
 /* Tokens 0 .. n of the chunk by the recurrence, with o and snapshots from `first` on. */
 template <int KP>
-__device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated_delta_args &a, const head &at,
-                                           int64_t t0, int n, int first, int64_t row, const shared_chunk &ch,
-                                           bool state_vectors) {
+__device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
+                                           int first, int row, const shared_chunk &ch, bool state_vectors) {
+  const head at = ch.at[0];
   const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
   for (int t = 0; t < n; t++) {
     const float decay = ch.decay[t], beta = ch.beta[t], key = ch.key[t], query = ch.query[t];
     float dot[2] = {0.0f, 0.0f}, out[2] = {0.0f, 0.0f}, u[2];
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
       Q3N_UNROLL
       for (int r = 0; r < 2; r++) {
         s.x[i][2 * r] *= decay, s.x[i][2 * r + 1] *= decay;
@@ -354,13 +279,13 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     }
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
-      const int64_t v = row + group + 8 * r;
+      const int v = row + group + 8 * r;
       u[r] = beta * ((v < a.V ? at.v[(t0 + t) * a.v_t + v] : 0.0f) - q3n_warp_sum(dot[r], 4));
     }
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
-      const float2 q = q3n_load<float2>(ch.q + place(t, i, 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
+      const float2 q = q3n_load<float2>(ch.q + q3n_place(t, i, 2 * member, KP));
       Q3N_UNROLL
       for (int r = 0; r < 2; r++) {
         s.x[i][2 * r] = __fmaf_rn(u[r], k.x * key, s.x[i][2 * r]);
@@ -370,7 +295,7 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     }
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
-      const int64_t v = row + group + 8 * r;
+      const int v = row + group + 8 * r;
       const float o = q3n_warp_sum(out[r], 4);
       if (member == 0 && t >= first && v < a.V) at.o[(t0 + t) * a.o_t + v] = o;
     }
@@ -381,9 +306,9 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
 
 /* The states after each token of the chunk, from the one before it and u. */
 template <int KP>
-__device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delta_args &a, const head &at, int64_t t0,
-                                       int n, int64_t row, const shared_chunk &ch, q3n_shared<float> u,
-                                       bool state_vectors) {
+__device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delta_args &a, int64_t t0, int n,
+                                       int row, const shared_chunk &ch, q3n_shared<float> u, bool state_vectors) {
+  const head at = ch.at[0];
   const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
   __syncwarp(); /* u lies with the lanes that made it */
   for (int t = 0; t < n; t++) {
@@ -391,7 +316,7 @@ __device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delt
     const float low = t % 2 ? v.y : v.x, high = t % 2 ? v.w : v.z, decay = ch.decay[t], key = ch.key[t];
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
       s.x[i][0] = __fmaf_rn(low, k.x * key, decay * s.x[i][0]);
       s.x[i][1] = __fmaf_rn(low, k.y * key, decay * s.x[i][1]);
       s.x[i][2] = __fmaf_rn(high, k.x * key, decay * s.x[i][2]);
@@ -402,17 +327,18 @@ __device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delt
 }
 
 /* Columns of a product of u and A or P: b is a row's place in the matrix, transposed by how it is read. */
-__device__ __forceinline__ right matrix(q3n_shared<float> x, int i, int j) {
+__device__ __forceinline__ q3n_right matrix(q3n_shared<float> x, int i, int j) {
   const int lane = (int)(threadIdx.x % 32);
-  return split_right(q3n_load<float2>(x + place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
+  return q3n_split_right(q3n_load<float2>(x + q3n_place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
 }
 
 /* u and o of the tokens of block b. Returns how many of its tokens are good: o is stored for those, and u of the others
    is 0. */
 template <int KP>
-__device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_gated_delta_args &a, const head &at,
-                                         int64_t t0, int n, int b, int64_t row, const shared_chunk &ch,
-                                         q3n_shared<float> u, const bool (&live)[2]) {
+__device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
+                                         int b, int row, const shared_chunk &ch, q3n_shared<float> u,
+                                         const bool (&live)[2]) {
+  const head at = ch.at[0];
   const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4, i0 = b * BLOCK;
   float w[2][4], o[2][4]; /* tokens i0 + 8 h + 2 member + x % 2, rows group + x / 2 * 8 */
   Q3N_UNROLL
@@ -420,25 +346,25 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
     Q3N_UNROLL
     for (int x = 0; x < 4; x++) {
       const int t = i0 + 8 * h + 2 * member + x % 2;
-      const int64_t v = row + group + x / 2 * 8;
+      const int v = row + group + x / 2 * 8;
       w[h][x] = t < n && v < a.V ? at.v[(t0 + t) * a.v_t + v] : 0.0f;
     }
 
   {
-    sums k[2], q[2];
+    q3n_sums k[2], q[2];
     Q3N_UNROLL
-    for (int h = 0; h < 2; h++) clear(k[h]), clear(q[h]);
+    for (int h = 0; h < 2; h++) q3n_clear(k[h]), q3n_clear(q[h]);
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
       float x[4];
       Q3N_UNROLL
       for (int i = 0; i < 4; i++) x[i] = anew(s.x[c][i]) * SCALE;
-      const left state = split_left(x);
+      const q3n_left state = q3n_split_left(x);
       Q3N_UNROLL
       for (int h = 0; h < 2; h++) {
-        const int from = place(i0 + 8 * h + group, c, 2 * member, KP);
-        add_product(k[h], state, split_right(q3n_load<float2>(ch.k + from)));
-        add_product(q[h], state, split_right(q3n_load<float2>(ch.q + from)));
+        const int from = q3n_place(i0 + 8 * h + group, c, 2 * member, KP);
+        q3n_add_product(k[h], state, q3n_split_right(q3n_load<float2>(ch.k + from)));
+        q3n_add_product(q[h], state, q3n_split_right(q3n_load<float2>(ch.q + from)));
       }
     }
     Q3N_UNROLL
@@ -482,31 +408,31 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
   const int bad = (int)ch.bad[0] - i0;
   good = watch(w, bad < BLOCK ? bad : BLOCK);
 
-  sums au[2], pu[2];
+  q3n_sums au[2], pu[2];
   Q3N_UNROLL
-  for (int h = 0; h < 2; h++) clear(au[h]), clear(pu[h]);
+  for (int h = 0; h < 2; h++) q3n_clear(au[h]), q3n_clear(pu[h]);
   for (int j = 0; j < i0; j += 8) {
     const float4 v = q3n_load<float4>(u + (j / 8 * 32 + lane) * 4);
     const float before[4] = {v.x, v.y, v.z, v.w};
-    const left factor = split_left(before);
+    const q3n_left factor = q3n_split_left(before);
     Q3N_UNROLL
     for (int h = 0; h < 2; h++) {
-      add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, j));
-      add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, j));
+      q3n_add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, j));
+      q3n_add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, j));
     }
   }
   Q3N_UNROLL
   for (int h = 0; h < 2; h++) {
     Q3N_UNROLL
     for (int x = 0; x < 4; x++) w[h][x] = __fmaf_rn(-UNSCALE, au[h].large[x] + au[h].rest[x], w[h][x]);
-    clear(au[h]);
+    q3n_clear(au[h]);
   }
   if (good < BLOCK) keep(w);
   Q3N_UNROLL
   for (int j = 0; j < 2; j++) {
-    const left factor = split_left(w[j]);
+    const q3n_left factor = q3n_split_left(w[j]);
     Q3N_UNROLL
-    for (int h = j; h < 2; h++) add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, i0 + 8 * j));
+    for (int h = j; h < 2; h++) q3n_add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, i0 + 8 * j));
   }
   Q3N_UNROLL
   for (int h = 0; h < 2; h++)
@@ -519,9 +445,9 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
   Q3N_UNROLL
   for (int j = 0; j < 2; j++) {
     q3n_store(u + ((i0 / 8 + j) * 32 + lane) * 4, make_float4(w[j][0], w[j][1], w[j][2], w[j][3]));
-    const left factor = split_left(w[j]);
+    const q3n_left factor = q3n_split_left(w[j]);
     Q3N_UNROLL
-    for (int h = j; h < 2; h++) add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, i0 + 8 * j));
+    for (int h = j; h < 2; h++) q3n_add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, i0 + 8 * j));
   }
   Q3N_UNROLL
   for (int h = 0; h < 2; h++)
@@ -536,7 +462,7 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
     Q3N_UNROLL
     for (int x = 0; x < 4; x++) {
       const int i = 8 * h + 2 * member + x % 2;
-      const int64_t v = row + group + x / 2 * 8;
+      const int v = row + group + x / 2 * 8;
       if (i < good && i0 + i < n && v < a.V) at.o[(t0 + i0 + i) * a.o_t + v] = o[h][x];
     }
   return good;
@@ -559,7 +485,7 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
     const float even = (float)ch.end[t] * SCALE * (float)ch.key[t];
     const float odd = (float)ch.end[t + 1] * SCALE * (float)ch.key[t + 1];
     const float x[4] = {v.x * even, v.y * odd, v.z * even, v.w * odd};
-    const left factor = split_left(x);
+    const q3n_left factor = q3n_split_left(x);
     uint32_t least[4];
     Q3N_UNROLL
     for (int i = 0; i < 4; i++) {
@@ -568,8 +494,8 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
     }
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
-      const float2 pair = make_float2(ch.k[place(t, c, group, KP)], ch.k[place(t + 1, c, group, KP)]);
-      const right keys = split_right(pair);
+      const float2 pair = make_float2(ch.k[q3n_place(t, c, group, KP)], ch.k[q3n_place(t + 1, c, group, KP)]);
+      const q3n_right keys = q3n_split_right(pair);
       q3n_mma_tf32(written.x[c], factor.high, keys.high, written.x[c]);
       q3n_mma_tf32(written.x[c], factor.high, keys.low, written.x[c]);
       q3n_mma_tf32(written.x[c], factor.low, keys.high, written.x[c]);
@@ -591,14 +517,10 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
   return true;
 }
 
-/* Floats of dynamic shared memory. */
-template <int KP> constexpr int64_t shared_floats(int64_t warps) {
-  return 4 * C * KP + 2 * C * C + warps * C * ROWS;
-}
-
-/* One block: ROWS rows a warp of one head. */
+/* One block: ROWS rows a warp of one head. Asked for one block, ptxas finds registers for the small sizes, and not asked,
+   for the large one; else it spills. */
 template <int KP>
-__global__ void __launch_bounds__(WARPS * 32, 1)
+__global__ void __launch_bounds__(WARPS * 32, KP < 128)
     chunked(q3n_gated_delta_args a, int64_t blocks_per_head, int64_t items, bool token_vectors, bool state_vectors) {
   const int warps = (int)(blockDim.x / 32), warp = (int)(threadIdx.x / 32);
   constexpr int64_t TOKENS = 4 * C * KP;
@@ -613,90 +535,106 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
   Q3N_SHARED(float, query, C);
   Q3N_SHARED(float, start, C);
   Q3N_SHARED(float, end, C);
-  Q3N_SHARED(float, near, C * BLOCK);
-  Q3N_SHARED(double, head_decay, C);
-  Q3N_SHARED(double, tail_decay, C);
+  Q3N_SHARED(float, near, BLOCK * C);
+  Q3N_SHARED(double, since, C);
+  Q3N_SHARED(double, until, C);
   Q3N_SHARED(float, gain, 2);
   Q3N_SHARED(int, bad, 1);
+  Q3N_SHARED(head, where, 1);
   shared_chunk ch = {tokens, tokens, matrix_a, matrix_p, self, decay,      beta,       key,  query,
-                     start,  end,    near,     head_decay, tail_decay, gain, bad};
+                     start,  end,    near,     since, until, gain, bad, where};
   const q3n_shared<float> u = all_u + warp * C * ROWS;
 
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t which = item / blocks_per_head;
-    const head at = find_head(a, which / a.HV, which % a.HV);
-    const int64_t row = item % blocks_per_head * warps * ROWS + warp * ROWS; /* rows past V are zeros, and not stored */
+    __syncthreads(); /* the item before is done with */
+    if (threadIdx.x == 0) where[0] = find_head(a, which / a.HV, which % a.HV);
+    __syncthreads();
+    const int64_t T = ((head)where[0]).T;
+    const int row = ((int)(item % blocks_per_head) * warps + warp) * ROWS; /* rows past V are zeros, and not stored */
 
     rows_of_state<KP> s;
     bool live[2];
-    load_state<KP>(s, at.state_in, a.state_v, row, a, state_vectors);
+    load_state<KP>(s, ((head)where[0]).state_in, a.state_v, row, a, state_vectors);
     find_live<KP>(live, s);
     gates next = {0.0f, 0.0f};
-    __syncthreads(); /* the item before is done with */
-    if (at.T > 0) {
-      const int n = (int)(at.T < C ? at.T : C);
-      fetch<KP>(a, at, 0, n, token_vectors, tokens, tokens + C * KP);
-      next = read_gates(a, at, 0, n);
+    if (T > 0) {
+      const int n = (int)(T < C ? T : C);
+      fetch<KP>(a, where[0], 0, n, token_vectors, tokens, tokens + C * KP);
+      next = read_gates(a, where[0], 0, n);
     }
-    for (int64_t t0 = 0; t0 < at.T; t0 += C) {
-      const int n = (int)(at.T - t0 < C ? at.T - t0 : C), stage = (int)(t0 / C % 2);
+    for (int64_t t0 = 0; t0 < T; t0 += C) {
+      const int n = (int)(T - t0 < C ? T - t0 : C), stage = (int)(t0 / C % 2);
       ch.k = tokens + stage * 2 * C * KP;
       ch.q = ch.k + C * KP;
       q3n_copy_wait<0>();
       __syncthreads();
       if (threadIdx.x == 0) bad[0] = C;
       const gates now = next;
-      if (t0 + C < at.T) {
-        const int then = (int)(at.T - t0 - C < C ? at.T - t0 - C : C);
+      if (t0 + C < T) {
+        const int then = (int)(T - t0 - C < C ? T - t0 - C : C);
         const q3n_shared<float> to = tokens + (1 - stage) * 2 * C * KP;
-        fetch<KP>(a, at, t0 + C, then, token_vectors, to, to + C * KP);
-        next = read_gates(a, at, t0 + C, then);
+        fetch<KP>(a, where[0], t0 + C, then, token_vectors, to, to + C * KP);
+        next = read_gates(a, where[0], t0 + C, then);
       }
       find_decays(now, ch);
       find_norms<KP>(a, n, ch);
       __syncthreads();
       if (n < TAIL) {
-        one_by_one<KP>(s, a, at, t0, n, 0, row, ch, state_vectors);
+        one_by_one<KP>(s, a, t0, n, 0, row, ch, state_vectors);
         continue;
       }
       find_ends(ch);
       find_scores<KP>(n, ch);
       __syncthreads();
-      invert_diagonal(n, ch);
+      q3n_invert_diagonal(n, SCALE, ch.a);
       __syncthreads();
 
       int done = 0;
       for (int b = 0; b * BLOCK < n && done == b * BLOCK; b++)
-        done += run_block<KP>(s, a, at, t0, n, b, row, ch, u, live);
-      if (done >= n && at.snapshots) replay<KP>(s, a, at, t0, n, row, ch, u, state_vectors);
+        done += run_block<KP>(s, a, t0, n, b, row, ch, u, live);
+      if (done >= n && ((head)where[0]).snapshots) replay<KP>(s, a, t0, n, row, ch, u, state_vectors);
       if (done < n || !advance<KP>(s, n, ch, u, live)) {
-        one_by_one<KP>(s, a, at, t0, n, done, row, ch, state_vectors);
+        one_by_one<KP>(s, a, t0, n, done, row, ch, state_vectors);
         find_live<KP>(live, s);
       }
     }
-    if (at.state_out) store_state<KP>(s, at.state_out, a.state_v, row, a, state_vectors);
+    if (((head)where[0]).state_out) store_state<KP>(s, ((head)where[0]).state_out, a.state_v, row, a, state_vectors);
   }
 }
 
-/* 8 warps a block, or 4 where that leaves half of the multiprocessors without one: two tensor cores' work on keys
-   more, and half the rest. Which warp has a row changes no bit. */
+/* Floats of dynamic shared memory, and about the bytes of what is not dynamic. */
+constexpr int64_t shared_floats(int64_t KP, int64_t warps) { return 4 * C * KP + 2 * C * C + warps * C * ROWS; }
+constexpr int64_t SMALL_ARRAYS = 8192;
+
+/* Warps of a block: 8, or 4 where that leaves half of the multiprocessors without a block. Which warp has a row
+   changes no bit. */
+int64_t warps_of(const q3n_gated_delta_args *a) {
+  const int64_t tiles = (a->V + ROWS - 1) / ROWS;
+  if (tiles < 2) return 2; /* a thread for every token of a chunk */
+  const int64_t wide = a->B * a->HV * ((tiles + WARPS - 1) / WARPS);
+  const int64_t most = 2 * wide <= q3n_multiprocessors() ? WARPS / 2 : WARPS;
+  return tiles < most ? tiles : most;
+}
+
 template <int KP> q3n_status launch(const q3n_gated_delta_args *a, q3n_stream stream) {
-  constexpr int64_t MULTIPROCESSORS = 132;
   const bool token_vectors =
       a->K % 4 == 0 && aligned(a->q, a->q_b, a->q_t, a->q_h, 0) && aligned(a->k, a->k_b, a->k_t, a->k_h, 0);
   const bool state_vectors = a->K % 4 == 0 && aligned(a->state_in, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->state_out, a->state_slot, a->state_h, a->state_v, 0) &&
-                             aligned(a->snapshots, a->snap_b | a->snap_v, a->snap_t, a->snap_h, 0);
-  const int64_t tiles = (a->V + ROWS - 1) / ROWS;
-  int64_t warps = tiles < 2 ? 2 : tiles < WARPS ? tiles : WARPS; /* 2: a thread for every token of a chunk */
-  if (2 * a->B * a->HV * ((tiles + WARPS - 1) / WARPS) <= MULTIPROCESSORS && warps > WARPS / 2) warps = WARPS / 2;
-  const int64_t per_head = (tiles + warps - 1) / warps, items = a->B * a->HV * per_head;
+                             aligned(a->snapshots, a->snap_b, a->snap_t, a->snap_h, a->snap_v);
+  const int64_t warps = warps_of(a), rows = warps * ROWS, per_head = (a->V + rows - 1) / rows;
+  const int64_t items = a->B * a->HV * per_head;
   return Q3N_LAUNCH(chunked<KP>, (*a, per_head, items, token_vectors, state_vectors),
-                    items < INT32_MAX ? items : INT32_MAX, warps * 32, shared_floats<KP>(warps) * 4, stream);
+                    items < INT32_MAX ? items : INT32_MAX, warps * 32, shared_floats(KP, warps) * 4, stream);
 }
 
-/* Channel gates and other sizes go token by token. */
-bool fits(const q3n_gated_delta_args *a) { return a->gate != Q3N_GATE_CHANNEL && a->K >= 16 && a->K <= 128; }
+/* Channel gates and other sizes go token by token, and all on GPUs with little shared memory. */
+bool fits(const q3n_gated_delta_args *a) {
+  const int64_t KP = a->K <= 32 ? 32 : a->K <= 64 ? 64 : 128;
+  return a->gate != Q3N_GATE_CHANNEL && a->K >= 16 && a->K <= 128 &&
+         shared_floats(KP, warps_of(a)) * 4 + SMALL_ARRAYS <= q3n_shared_limit();
+}
 
 } /* namespace */
 
@@ -710,4 +648,16 @@ Q3N_CUDA_OPERATOR(gated_delta, gated_delta_chunked) {
   if (a->K <= 32) return launch<32>(a, stream);
   if (a->K <= 64) return launch<64>(a, stream);
   return launch<128>(a, stream);
+}
+
+Q3N_CUDA_SCRATCH(gated_delta, gated_delta) {
+  (void)a;
+  return 0;
+}
+
+/* Of packed sequences only the total is known here: their mean decides. */
+Q3N_CUDA_OPERATOR(gated_delta, gated_delta) {
+  const int64_t tokens = a->cu_seqlens && a->B > 0 ? a->T / a->B : a->T;
+  if (tokens < C) return Q3N_CUDA_CALL(gated_delta_recurrent, a, scratch, stream);
+  return Q3N_CUDA_CALL(gated_delta_chunked, a, scratch, stream);
 }

@@ -12,10 +12,10 @@ constexpr int THREADS = 32 * Q3N_TILE_WARPS;
 /* What a warp of rows first .. of w and m0 .. of x works on. */
 template <bool Q8, int RT> struct tile {
   q3n_tile_weights w;
-  int64_t first, left, m0, x_bytes;
-  __device__ __forceinline__ tile(const q3n_matmul_args &a, int64_t n, int64_t m) : first(n), left(a.N - n), m0(m) {
+  int64_t first, m0, x_bytes;
+  __device__ __forceinline__ tile(const q3n_matmul_args &a, int64_t n, int64_t m) : first(n), m0(m) {
     const q3n_dtype t = q3n_dtype(a.dtype & ~Q3N_R16);
-    const int64_t row_bytes = a.w_n / q3n_block_columns(t) * q3n_block_bytes(t);
+    const int64_t row_bytes = a.w_n / q3n_block_columns(t) * q3n_block_bytes(t), left = a.N - n;
     w = {(const uint8_t *)a.w + first * row_bytes, row_bytes, (int)(left < 0 ? 0 : left < 16 * RT ? left : 16 * RT), t,
          (a.dtype & Q3N_R16) != 0};
     x_bytes = !Q8                         ? a.x_m * 4
@@ -24,33 +24,44 @@ template <bool Q8, int RT> struct tile {
   }
 };
 
-template <int RT, int MT>
-__device__ __forceinline__ void store(const q3n_matmul_args &a, const float (&y)[RT][MT][4], int64_t first, int64_t m0) {
+template <bool Q8, int RT, int MT>
+__device__ __forceinline__ void store(const q3n_matmul_args &a, const tile<Q8, RT> &at, const float (&y)[RT][MT][4]) {
   const int lane = (int)(threadIdx.x % 32);
   Q3N_UNROLL
   for (int r = 0; r < RT; r++) {
     Q3N_UNROLL
     for (int i = 0; i < MT * 4; i++) {
-      const int64_t n = first + 16 * r + lane / 4 + i % 4 / 2 * 8, m = m0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (n < a.N && m < a.M) a.y[m * a.y_m + n] = y[r][i / 4][i % 4];
+      const int n = 16 * r + lane / 4 + i % 4 / 2 * 8;
+      const int64_t m = at.m0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (n < at.w.count && m < a.M)
+        a.y[m * a.y_m + at.first + n] =
+            q3n_tile_checked<Q8>(y[r][i / 4][i % 4], at.w, n, (const uint8_t *)a.x + m * at.x_bytes, a.K);
     }
   }
 }
 
+/* Blocks a multiprocessor: as many as their registers allow without spills. */
+template <int DT, bool Q8> struct few_form {
+  static constexpr bool LARGE = DT == Q3N_TILE_ANY || DT == Q3N_Q6_K || (!Q8 && (DT == Q3N_Q4_K || DT == Q3N_Q5_K));
+  static constexpr int BLOCKS = LARGE ? 4 : 5;
+};
+
 /* Few rows of x: 16 rows of w and 8 of x, the warps share K. Blocks of the same rows of w lie next to each other. */
-template <int DT, bool Q8> __global__ void __launch_bounds__(THREADS, DT == Q3N_TILE_ANY || (Q8 && DT == Q3N_Q6_K) ? 4 : 5) few(q3n_matmul_args a, int64_t columns) {
+template <int DT, bool Q8>
+__global__ void __launch_bounds__(THREADS, (few_form<DT, Q8>::BLOCKS)) few(q3n_matmul_args a, int64_t columns) {
   Q3N_SHARED_DYNAMIC(uint32_t, words, 0, Q3N_TILE_WARPS * q3n_tile_words(DT, 1));
   Q3N_SHARED(float, floats, q3n_tile_sum_floats(1, 1));
   const int parts = q3n_tile_parts(a.K), warp = (int)(threadIdx.x / 32), part = warp % parts;
-  const tile<Q8, 1> at(a, (blockIdx.x / columns * (Q3N_TILE_WARPS / parts) + warp / parts) * 16, blockIdx.x % columns * 8);
+  const int64_t tile_row = blockIdx.x / columns * (Q3N_TILE_WARPS / parts) + warp / parts;
+  const tile<Q8, 1> at(a, tile_row * 16, blockIdx.x % columns * 8);
   const auto x = [&](int j) {
     return at.m0 + j < a.M ? (const uint8_t *)a.x + (at.m0 + j) * at.x_bytes : nullptr;
   };
   float y[1][1][4];
+  q3n_tile_zero(y);
   if (at.w.count > 0) q3n_tile_part<DT, Q8, 1, 1>(y, words + warp * q3n_tile_words(DT, 1), at.w, x, a.K, part);
-  else q3n_tile_zero(y);
   q3n_tile_sum<1, 1>(y, floats, part, parts);
-  if (part == 0) store<1, 1>(a, y, at.first, at.m0);
+  if (part == 0) store(a, at, y);
 }
 
 /* Many: 128 rows of w and 32 of x. */
@@ -66,13 +77,13 @@ template <int DT, bool Q8> __global__ void __launch_bounds__(THREADS, 2) many(q3
   };
   float y[RT][MT][4];
   q3n_tile_block<DT, Q8, RT, MT>(y, words, floats, at.w, x, a.K);
-  store<RT, MT>(a, y, at.first, at.m0);
+  store(a, at, y);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* The same bits from both, so this is about time alone: `many` is worth it once its blocks fill a GPU. The executor has
-   it from one block on, so that the suite sees it. */
+/* The same bits from both, so this is about time alone: `many` is worth it once its blocks fill a GPU that has the
+   shared memory. The executor has it from one block on, so that the suite sees it. */
 #if defined(__CUDACC__)
 constexpr int64_t FEW_TOKENS = 16, ENOUGH_BLOCKS = 96;
 #else
@@ -81,8 +92,9 @@ constexpr int64_t FEW_TOKENS = 16, ENOUGH_BLOCKS = 1;
 
 template <int DT, bool Q8> q3n_status launch_form(const q3n_matmul_args *a, q3n_stream stream) {
   const int64_t columns = ceil_div(a->M, BLOCK_TOKENS), blocks = ceil_div(a->N, BLOCK_ROWS) * columns;
-  if (a->M > FEW_TOKENS && blocks >= ENOUGH_BLOCKS)
-    return Q3N_LAUNCH((many<DT, Q8>), (*a, columns), blocks, THREADS, q3n_block_words(DT, Q8, RT, MT) * 4, stream);
+  const int64_t bytes = q3n_block_words(DT, Q8, RT, MT) * 4, own = q3n_tile_sum_floats(RT, MT) * 4;
+  if (a->M > FEW_TOKENS && blocks >= ENOUGH_BLOCKS && bytes + own <= q3n_shared_limit())
+    return Q3N_LAUNCH((many<DT, Q8>), (*a, columns), blocks, THREADS, bytes, stream);
   const int64_t eights = ceil_div(a->M, 8), rows = Q3N_TILE_WARPS / q3n_tile_parts(a->K) * 16;
   return Q3N_LAUNCH((few<DT, Q8>), (*a, eights), ceil_div(a->N, rows) * eights, THREADS,
                     Q3N_TILE_WARPS * q3n_tile_words(DT, 1) * 4, stream);

@@ -4,7 +4,7 @@
 
 q3n_status q3n_matmul_avx512(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch);
 
-static const q3n_q8_products products = {q3n_q8_tile_avx2, NULL};
+static const q3n_q8_products products = {q3n_q8_tile_avx2, 10, NULL};
 
 q3n_status q3n_matmul_avx512(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch) {
   if (q3n_matmul_has_q8(a, products)) return q3n_matmul_q8(a, begin, end, scratch, products);

@@ -6,7 +6,7 @@
 q3n_status q3n_matmul_avx512(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch);
 q3n_status q3n_matmul_avx512vnni(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch);
 
-static const q3n_q8_products products = {q3n_q8_tile_avx512vnni, q3n_q8_rows_avx512vnni};
+static const q3n_q8_products products = {q3n_q8_tile_avx512vnni, 12, q3n_q8_rows_avx512vnni};
 
 q3n_status q3n_matmul_avx512vnni(const q3n_matmul_args *a, int64_t begin, int64_t end, void *scratch) {
   if (!q3n_matmul_has_q8(a, products)) return q3n_matmul_avx512(a, begin, end, scratch);

@@ -34,26 +34,32 @@ static inline int q3n_matmul_has_q8(const q3n_matmul_args *a, q3n_q8_products by
   return a->x_dtype != Q3N_F32 && by.tile_of(q3n_dtype_rows(a->dtype), 1) != NULL;
 }
 
-/* 8-bit activations against the blocks themselves: 32 rows of w meet all rows of x while they lie in the second
-   cache. */
+/* 8-bit activations against the blocks themselves: as many rows of x as stay in the second cache meet all rows of w,
+   32 at a time, then the next rows of x. */
 static inline __attribute__((always_inline)) q3n_status q3n_matmul_q8(const q3n_matmul_args *a, int64_t begin,
                                                                       int64_t end, void *scratch,
                                                                       q3n_q8_products by) {
   const q3n_dtype type = q3n_dtype_rows(a->dtype);
-  const int64_t blocks = a->K / q3n_dtype_block(type);
-  for (int64_t item = begin; item < end; item++) {
-    const int64_t first = item * Q3N_TILE_ROWS;
-    const int64_t count = a->N - first < Q3N_TILE_ROWS ? a->N - first : Q3N_TILE_ROWS;
-    const q3n_q8_weights w = q3n_q8_weights_of(by, a->w, a->dtype, first, count, a->w_n, a->K, a->M, scratch);
-    const uint8_t *next = q3n_q8_next(a->w, a->dtype, first + Q3N_TILE_ROWS, a->N, a->w_n, a->K, &w);
-    for (int64_t m = 0, tokens; m < a->M; m += tokens) {
-      tokens = q3n_q8_take(a->M - m);
-      const uint8_t *x[Q3N_Q8_TOKENS];
-      float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
-      for (int64_t t = 0; t < tokens; t++) x[t] = q3n_element(a->x, a->x_dtype, (m + t) * a->x_m);
-      q3n_q8_multiply(by, type, y, &w, x, tokens, blocks, m + tokens < a->M ? w.group[0] : next);
-      for (int64_t t = 0; t < tokens; t++)
-        memcpy(a->y + (m + t) * a->y_m + first, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);
+  const int64_t blocks = a->K / q3n_dtype_block(type), panel = q3n_q8_panel(q3n_dtype_bytes(a->x_dtype, a->K));
+  for (int64_t from = 0; from < a->M; from += panel) {
+    const int64_t to = a->M - from < panel ? a->M : from + panel;
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t first = item * Q3N_TILE_ROWS, after = (item + 1 < end ? item + 1 : begin) * Q3N_TILE_ROWS;
+      const int64_t count = a->N - first < Q3N_TILE_ROWS ? a->N - first : Q3N_TILE_ROWS;
+      const q3n_q8_weights w = q3n_q8_weights_of(by, a->w, a->dtype, first, count, a->w_n, a->K, a->M, scratch);
+      const uint8_t *next = q3n_q8_next(a->w, a->dtype, after, a->N, a->w_n, a->K, &w);
+      for (int64_t m = from, tokens; m < to; m += tokens) {
+        tokens = q3n_q8_take(by, to - m);
+        const uint8_t *x[Q3N_Q8_TOKENS];
+        _Alignas(64) float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
+        for (int64_t t = 0; t < tokens; t++) {
+          x[t] = q3n_element(a->x, a->x_dtype, (m + t) * a->x_m);
+          q3n_q8_expect(a->y + (m + t) * a->y_m + first, count);
+        }
+        q3n_q8_multiply(by, type, y, &w, x, tokens, blocks, m + tokens < to ? w.group[0] : next);
+        for (int64_t t = 0; t < tokens; t++)
+          memcpy(a->y + (m + t) * a->y_m + first, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);
+      }
     }
   }
   return Q3N_OK;

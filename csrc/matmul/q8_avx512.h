@@ -58,14 +58,14 @@ static inline __m512i signed_words_of(__m512i v, int i) {
   return _mm512_srai_epi16(i ? v : _mm512_slli_epi16(v, 8), 8);
 }
 
-/* Bit j of every byte, as the value 16. */
-static inline __m512i fifth_bit(__m512i v, int j) {
-  const __m512i moved = j < 4 ? left16(v, 4 - j) : right16(v, j - 4);
-  return _mm512_and_si512(moved, _mm512_set1_epi8(16));
+/* Bit `at`, the same in all lanes, of every byte as the value 16. A rotation, or a shift by one count for the whole
+   vector, would take a multiplier's turn on Zen 5. */
+static inline __m512i fifth_bit(__m512i v, __m512i at) {
+  return _mm512_and_si512(left16(_mm512_srlv_epi16(v, at), 4), _mm512_set1_epi8(16));
 }
 
 /* Bits `at` and at + 1 of every byte moved to bits 4 and 5; the others are noise. */
-static inline __m512i rotate(__m512i v, int at) {
+static inline __m512i bits_to_4(__m512i v, int at) {
   return at < 4 ? left16(v, 4 - at) : right16(v, at - 4);
 }
 
@@ -84,6 +84,23 @@ static inline k_scales unpack_k_scales(__m512i a, __m512i b, __m512i c) {
   s.min[1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(c, 4), four),
                              _mm512_and_si512(_mm512_srli_epi16(b, 2), top));
   return s;
+}
+
+/* Out of a group: scales 2 pair and 2 pair + 1 of 16 rows, in bytes 0 and 1; minima of sub-blocks, two a row, in the
+   order of words_of. */
+static inline __m512i k_scales_of(const uint8_t *w, int pair) {
+  const __m512i six = _mm512_set1_epi8(63), four = _mm512_set1_epi8(15), top = _mm512_set1_epi8(0x30);
+  const __m512i a = load(w + 64);
+  const __m512i scales = pair < 2 ? _mm512_and_si512(a, six)
+                                  : _mm512_or_si512(_mm512_and_si512(load(w + 192), four),
+                                                    _mm512_and_si512(_mm512_srli_epi16(a, 2), top));
+  return _mm512_srl_epi32(scales, _mm_cvtsi32_si128(16 * (pair % 2)));
+}
+static inline __m512i k_mins(const uint8_t *w, int i) {
+  const __m512i four = _mm512_set1_epi16(15), top = _mm512_set1_epi16(0x30), six = _mm512_set1_epi16(63);
+  if (i < 2) return _mm512_and_si512(right32(load(w + 128), 8 * i), six);
+  return _mm512_or_si512(_mm512_and_si512(right32(load(w + 192), 8 * i - 12), four),
+                         _mm512_and_si512(right32(load(w + 128), 8 * i - 14), top));
 }
 
 #endif

@@ -3,6 +3,7 @@
 #ifndef Q3N_MATMUL_Q8_PRODUCTS_H
 #define Q3N_MATMUL_Q8_PRODUCTS_H
 
+#include "../base/check.h"
 #include "../quant/quant_blocks.h"
 #include "../quant/repack_simd.h"
 #include "matmul_block.h"
@@ -18,15 +19,30 @@ typedef struct {
 /* An instruction set's products. rows_of may be NULL, and so may what it returns: rows are interleaved then. */
 typedef struct {
   q3n_q8_tile_of *tile_of;
+  int64_t most; /* rows of x that a tile takes: 10 or 12 */
   q3n_q8_rows_of *rows_of;
 } q3n_q8_products;
 
-/* How many of `left` rows of x the next product takes. Measured: README.md. Tiles exist for 1 to 6, 8 and 10 rows, and
-   even cuts waste least; up to 4 rows in all meet rows that are not interleaved as they lie. */
+/* How many of `left` rows of x the next product takes. Measured: README.md. Even cuts waste least; tiles exist for 1 to
+   6, 8, 10 and, where `most` is 12, 12 rows. Up to 4 rows in all meet rows that are not interleaved as they lie. */
 enum { Q3N_Q8_ROWS_TOKENS = 4 };
-static inline int64_t q3n_q8_take(int64_t left) {
+static inline int64_t q3n_q8_take(q3n_q8_products by, int64_t left) {
   static const int8_t take[] = {0, 1, 2, 3, 4, 5, 6, 4, 8, 5, 10, 6, 6, 8, 8, 10, 8};
-  return left < 17 ? take[left] : 10;
+  if (left > 16 || (left == 12 && by.most == 12)) return by.most;
+  return take[left];
+}
+
+/* How many rows of x, of so many bytes, meet all of w before the next ones come: they stay in the second cache. A
+   multiple of what tiles take. */
+enum { Q3N_Q8_PANEL_BYTES = 400 * 1024 };
+static inline int64_t q3n_q8_panel(int64_t row_bytes) {
+  const int64_t rows = row_bytes ? Q3N_Q8_PANEL_BYTES / row_bytes / 60 * 60 : 0;
+  return rows ? rows : 60;
+}
+
+/* The 32 values at y will be written soon: a few rows are too short a run for the hardware to see. */
+static inline void q3n_q8_expect(const float *y, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(y + i, 1);
 }
 
 /* Rows first .. first + count - 1 (count <= 32) of w for `tokens` rows of x: where they lie if w is interleaved or the

@@ -7,14 +7,14 @@
 
 #include "../base/dtype.h"
 
-enum { Q3N_Q8_TOKENS = 10 };
+enum { Q3N_Q8_TOKENS = 12 };
 
 /* y [M][32] from groups w0 and w1 (which may be the same) and rows x[0..M-1] of `blocks` blocks. `next`: the two groups
    that the caller takes next, one after the other, fetched into the cache meanwhile; where there are none, w0. */
 typedef void q3n_q8_tile(float *y, const uint8_t *w0, const uint8_t *w1, const uint8_t *const *x, int64_t blocks,
                          const uint8_t *next);
 
-/* The tile of `tokens` (1 to 6, 8 or 10) rows for weights of a (row) dtype; NULL where there is none. */
+/* The tile of `tokens` (1 to 6, 8, 10 or 12) rows for weights of a (row) dtype; NULL where there is none. */
 typedef q3n_q8_tile *q3n_q8_tile_of(q3n_dtype dtype, int64_t tokens);
 q3n_q8_tile_of q3n_q8_tile_avx512vnni, q3n_q8_tile_avx2, q3n_q8_tile_neon, q3n_q8_tile_neondot;
 

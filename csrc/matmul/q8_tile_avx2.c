@@ -240,7 +240,7 @@ TILE(q4_0, 18, Q3N_Q8_X32_BYTES)
   {type##_of_1, type##_of_2, type##_of_3, type##_of_4, type##_of_5, type##_of_6, NULL, type##_of_8, NULL, type##_of_10}
 
 q3n_q8_tile *q3n_q8_tile_avx2(q3n_dtype dtype, int64_t tokens) {
-  static q3n_q8_tile *const tiles[5][Q3N_Q8_TOKENS] = {TILES(q4_k), TILES(q5_k), TILES(q6_k), TILES(q8_0), TILES(q4_0)};
+  static q3n_q8_tile *const tiles[5][10] = {TILES(q4_k), TILES(q5_k), TILES(q6_k), TILES(q8_0), TILES(q4_0)};
   switch (dtype) {
     case Q3N_Q4_K: return tiles[0][tokens - 1];
     case Q3N_Q5_K: return tiles[1][tokens - 1];

@@ -1,9 +1,9 @@
-/* 16 RT rows of w times 8 MT rows of x on the tensor cores of one warp, for matmul and moe. w lies at any address and is
-   staged 256 columns (a slice) at a time through the warp's own shared memory; two slices are on their way at once.
+/* 16 RT rows of w times 8 MT rows of x on the tensor cores of one warp, for matmul and moe. w lies at any address and
+   is staged 256 columns (a slice) at a time through the warp's own shared memory; two slices are on their way at once.
 
-   The order of every sum depends on K alone: warp `part` of q3n_tile_parts(K) takes slices part, part + parts, ..., blocks
-   in order within them, and q3n_tile_sum adds the parts in order. So any RT, MT and any place of a row in a tile give the
-   same bits. Lanes have y[r][t][i] as mma.cuh says: row 16 r + lane / 4 + i / 2 * 8 of w, row 8 t + lane % 4 * 2 + i % 2
+   The order of every sum depends on K alone: part p of q3n_tile_parts(K) is the slices p, p + parts, ..., blocks in
+   order within them, and the parts are added in order. So any RT, MT and any place of a row in a tile give the same
+   bits. Lanes have y[r][t][i] as mma.cuh says: row 16 r + lane / 4 + i / 2 * 8 of w, row 8 t + lane % 4 * 2 + i % 2
    of x. */
 #ifndef Q3N_MATMUL_TILE_CUH
 #define Q3N_MATMUL_TILE_CUH
@@ -118,7 +118,8 @@ Q3N_DEVICE void q3n_stage(q3n_shared<uint32_t> to, const q3n_tile_weights &w, in
 
 /* Row `row` of a staged slice. */
 template <int DT>
-Q3N_DEVICE q3n_shared_block q3n_staged_row(q3n_shared<uint32_t> stage, const q3n_tile_weights &w, int64_t slice, int row) {
+Q3N_DEVICE q3n_shared_block q3n_staged_row(q3n_shared<uint32_t> stage, const q3n_tile_weights &w, int64_t slice,
+                                           int row) {
   const q3n_dtype t = q3n_tile_dtype<DT>(w);
   if (row >= w.count) row = w.count - 1;
   const uint8_t *begin = w.rows + row * w.row_bytes + slice * q3n_slice_bytes(t);
@@ -129,7 +130,9 @@ Q3N_DEVICE q3n_shared_block q3n_staged_row(q3n_shared<uint32_t> stage, const q3n
 static __device__ Q3N_NOINLINE uint32_t q3n_any_quad(q3n_dtype t, q3n_shared_block b, int j, int in16) {
   return q3n_quad(t, b, j, in16);
 }
-static __device__ Q3N_NOINLINE int q3n_any_scale(q3n_dtype t, q3n_shared_block b, int j) { return q3n_scale16(t, b, j); }
+static __device__ Q3N_NOINLINE int q3n_any_scale(q3n_dtype t, q3n_shared_block b, int j) {
+  return q3n_scale16(t, b, j);
+}
 static __device__ Q3N_NOINLINE int q3n_any_min(q3n_dtype t, q3n_shared_block b, int j) { return q3n_min16(t, b, j); }
 static __device__ Q3N_NOINLINE float q3n_any_d(q3n_dtype t, q3n_shared_block b) { return q3n_block_d(t, b); }
 static __device__ Q3N_NOINLINE float q3n_any_dmin(q3n_dtype t, q3n_shared_block b) { return q3n_block_dmin(t, b); }
@@ -184,7 +187,7 @@ Q3N_DEVICE void q3n_bytes_bf16(uint32_t q, uint32_t &low, uint32_t &high) {
   const uint32_t moved = q ^ 0x80808080u;
   float x[4];
   Q3N_UNROLL
-  for (int i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(moved, 0x4b000000u, 0x7440u + (unsigned)i)) - 8388736.0f;
+  for (unsigned i = 0; i < 4; i++) x[i] = __uint_as_float(__byte_perm(moved, 0x4b000000u, 0x7440u + i)) - 8388736.0f;
   low = q3n_pack_upper(x[0], x[1]);
   high = q3n_pack_upper(x[2], x[3]);
 }
@@ -233,7 +236,8 @@ template <int MT> struct q3n_x_staged {
   }
 };
 
-/* y += for one slice of super-blocks and 8-bit activations: integers over the block, then d_w d_x. */
+/* y += for one slice of super-blocks and 8-bit activations: integers over the block, then (d S - dmin M) d_x, of which
+   d S is not rounded: what cancels in w cancels here. */
 template <int DT, int RT, int MT, class S>
 Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage, const q3n_tile_weights &w, const S &x,
                                int64_t slice) {
@@ -274,7 +278,8 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
     }
     Q3N_UNROLL
     for (int n = 0; n < MT; n++) {
-      const uint32_t q[2] = {x.word(8 * n + group, 32 * j + 4 * member), x.word(8 * n + group, 32 * j + 16 + 4 * member)};
+      const uint32_t q[2] = {x.word(8 * n + group, 32 * j + 4 * member),
+                             x.word(8 * n + group, 32 * j + 16 + 4 * member)};
       const int zero[4] = {0, 0, 0, 0};
       int c[4];
       Q3N_UNROLL
@@ -302,20 +307,11 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
     for (int k = 0; k < 2; k++) {
       const int row = 8 * n + 2 * member + k;
       const float d = __uint_as_float(x.word(row, Q3N_Q8_X256_D));
-      Q3N_UNROLL
-      for (int r = 0; r < RT; r++) {
-        Q3N_UNROLL
-        for (int half = 0; half < 2; half++) {
-          float &to = y[r][n][2 * half + k];
-          to = __fmaf_rn((float)sum[r][n][2 * half + k], q3n_tile_d<DT>(t, b[r][half]) * d, to);
-        }
-      }
-      if (!q3n_has_min(t)) continue;
       int low[RT][2];
       Q3N_UNROLL
       for (int r = 0; r < RT; r++) low[r][0] = low[r][1] = 0;
       Q3N_UNROLL_SLICE
-      for (int i = 0; i < (by16 ? 16 : 8); i += 2) {
+      for (int i = 0; i < (by16 ? 16 : 8) && q3n_has_min(t); i += 2) {
         /* two sums, of j and j + 2 */
         const uint32_t pair = x.word(row, (by16 ? Q3N_Q8_X256_SUM16 : Q3N_Q8_X256_SUM32) + 2 * i);
         const int first = (int)(int16_t)pair, second = (int)(int16_t)(pair >> 16);
@@ -325,9 +321,9 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
           Q3N_UNROLL
           for (int half = 0; half < 2; half++)
             low[r][half] += ROLLED ? q3n_tile_min<DT>(t, b[r][half], step * j) * first +
-                                                     q3n_tile_min<DT>(t, b[r][half], step * (j + 2)) * second
-                                               : q3n_signed_byte(m[r][half][j / 4], j % 4) * first +
-                                                     q3n_signed_byte(m[r][half][j / 4], j % 4 + 2) * second;
+                                         q3n_tile_min<DT>(t, b[r][half], step * (j + 2)) * second
+                                   : q3n_signed_byte(m[r][half][j / 4], j % 4) * first +
+                                         q3n_signed_byte(m[r][half][j / 4], j % 4 + 2) * second;
         }
       }
       Q3N_UNROLL
@@ -335,7 +331,13 @@ Q3N_DEVICE void q3n_slice_x256(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage
         Q3N_UNROLL
         for (int half = 0; half < 2; half++) {
           float &to = y[r][n][2 * half + k];
-          to = __fmaf_rn((float)low[r][half], -(q3n_tile_dmin<DT>(t, b[r][half]) * d), to);
+          const float whole = (float)sum[r][n][2 * half + k], scale = q3n_tile_d<DT>(t, b[r][half]);
+          if (q3n_has_min(t)) {
+            const float minima = q3n_tile_dmin<DT>(t, b[r][half]) * (float)low[r][half];
+            to = __fmaf_rn(__fmaf_rn(whole, scale, -minima), d, to);
+          } else {
+            to = __fmaf_rn(whole, scale * d, to);
+          }
         }
       }
     }
@@ -387,8 +389,11 @@ Q3N_DEVICE void q3n_slice_x32(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage,
         Q3N_UNROLL
         for (int i = 0; i < 4; i++) {
           float &to = y[r][n][i];
-          to = __fmaf_rn((float)c[i], d[r][i / 2] * dx[i % 2], to);
-          if (q3n_has_min(t)) to = __fmaf_rn((float)sum[i % 2], -(m[r][i / 2] * dx[i % 2]), to);
+          const float whole = (float)c[i], scale = d[r][i / 2];
+          if (q3n_has_min(t))
+            to = __fmaf_rn(__fmaf_rn(whole, scale, -(m[r][i / 2] * (float)sum[i % 2])), dx[i % 2], to);
+          else
+            to = __fmaf_rn(whole, scale * dx[i % 2], to);
         }
       }
     }
@@ -429,7 +434,8 @@ Q3N_DEVICE void q3n_slice_f32(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage,
         Q3N_UNROLL
         for (int k = 0; k < 2; k++)
           if (k < chunks)
-            q3n_bytes_bf16(q3n_tile_quad<DT>(t, here, super ? j / 16 + k : k, 4 * member), a[r][k][half], a[r][k][2 + half]);
+            q3n_bytes_bf16(q3n_tile_quad<DT>(t, here, super ? j / 16 + k : k, 4 * member), a[r][k][half],
+                           a[r][k][2 + half]);
         const int i = j / (16 * chunks);
         scale[r][half] = q3n_tile_d<DT>(t, here), min[r][half] = q3n_tile_dmin<DT>(t, here);
         if (super)
@@ -474,40 +480,99 @@ Q3N_DEVICE void q3n_slice_f32(float (&y)[RT][MT][4], q3n_shared<uint32_t> stage,
   }
 }
 
-/* Plain types: w is one (bf16), two (f16) or three (f32) bf16 as well; straight from global memory. */
+/* Four values of a plain type as they lie, and as bf16: one (bf16), two (f16) or three (f32) planes. */
+template <int DT> struct q3n_plain4 {
+  static constexpr int PLANES = DT == Q3N_BF16 ? 1 : DT == Q3N_F16 ? 2 : 3;
+  uint32_t raw[DT == Q3N_F32 ? 4 : 2];
+
+  /* Aligned to all four. */
+  __device__ __forceinline__ void load(const uint8_t *p) {
+    if constexpr (DT == Q3N_F32) {
+      const uint4 v = q3n_load<uint4>(p);
+      raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
+    } else {
+      const uint2 v = q3n_load<uint2>(p);
+      raw[0] = v.x, raw[1] = v.y;
+    }
+  }
+  /* At any address; those past N are 0. */
+  __device__ __forceinline__ void gather(const uint8_t *row, int64_t i, int64_t N) {
+    constexpr int SIZE = DT == Q3N_F32 ? 4 : 2;
+    uint32_t x[4];
+    Q3N_UNROLL
+    for (int c = 0; c < 4; c++)
+      x[c] = i + c >= N ? 0 : SIZE == 4 ? q3n_word_at(row + SIZE * (i + c)) : q3n_half_at(row + SIZE * (i + c));
+    if constexpr (SIZE == 4)
+      raw[0] = x[0], raw[1] = x[1], raw[2] = x[2], raw[3] = x[3];
+    else
+      raw[0] = x[0] | x[1] << 16, raw[1] = x[2] | x[3] << 16;
+  }
+  /* Registers `half` and 2 + half of A. */
+  __device__ __forceinline__ void planes(uint32_t (&a)[PLANES][4], int half) const {
+    if constexpr (DT == Q3N_BF16) {
+      a[0][half] = raw[0], a[0][2 + half] = raw[1];
+    } else {
+      float4 v;
+      if constexpr (DT == Q3N_F32)
+        v = make_float4(__uint_as_float(raw[0]), __uint_as_float(raw[1]), __uint_as_float(raw[2]),
+                        __uint_as_float(raw[3]));
+      else
+        v = make_float4(q3n_half_float(raw[0] & 0xffffu), q3n_half_float(raw[0] >> 16),
+                        q3n_half_float(raw[1] & 0xffffu), q3n_half_float(raw[1] >> 16));
+      uint32_t plane[3][2];
+      q3n_split4(v, plane);
+      Q3N_UNROLL
+      for (int p = 0; p < PLANES; p++) a[p][half] = plane[p][0], a[p][2 + half] = plane[p][1];
+    }
+  }
+};
+
+/* Plain types, straight from global memory: 64 columns of all rows are on their way together. */
 template <int DT, int RT, int MT, class S>
-Q3N_DEVICE void q3n_slice_plain(float (&y)[RT][MT][4], const q3n_tile_weights &w, const S &x, int64_t slice, int64_t K) {
-  constexpr q3n_dtype T = (q3n_dtype)DT;
-  constexpr int PLANES = T == Q3N_BF16 ? 1 : T == Q3N_F16 ? 2 : 3;
+Q3N_DEVICE void q3n_slice_plain(float (&y)[RT][MT][4], const q3n_tile_weights &w, const S &x, int64_t slice,
+                                int64_t K) {
+  constexpr int SIZE = DT == Q3N_F32 ? 4 : 2, PLANES = q3n_plain4<DT>::PLANES, AHEAD = 4;
   const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
   const int64_t first = slice * Q3N_TILE_SLICE;
   const int columns = (int)(K - first < Q3N_TILE_SLICE ? K - first : Q3N_TILE_SLICE);
-  for (int j = 0; j < columns; j += 16) {
-    uint32_t a[RT][3][4];
+  const bool aligned = ((uintptr_t)w.rows | (uintptr_t)w.row_bytes) % (4 * SIZE) == 0;
+  for (int j = 0; j < columns; j += 16 * AHEAD) {
+    q3n_plain4<DT> ahead[AHEAD][RT][2];
+    const bool vectors = aligned && j + 16 * AHEAD <= columns;
     Q3N_UNROLL
-    for (int r = 0; r < RT; r++) {
-      Q3N_UNROLL
-      for (int half = 0; half < 2; half++) {
-        int row = 16 * r + group + 8 * half;
-        if (row >= w.count) row = w.count - 1;
-        uint32_t plane[3][2];
-        q3n_split4(q3n_row_values4(T, w.rows + row * w.row_bytes, first + j + 4 * member, K), plane);
-        Q3N_UNROLL
-        for (int p = 0; p < PLANES; p++) a[r][p][half] = plane[p][0], a[r][p][2 + half] = plane[p][1];
-      }
+    for (int i = 0; i < AHEAD * RT * 2; i++) {
+      const int chunk = i / (RT * 2), r = i / 2 % RT, half = i % 2;
+      int row = 16 * r + group + 8 * half;
+      if (row >= w.count) row = w.count - 1;
+      const uint8_t *from = w.rows + row * w.row_bytes;
+      const int64_t column = first + j + 16 * chunk + 4 * member;
+      if (vectors)
+        ahead[chunk][r][half].load(from + column * SIZE);
+      else
+        ahead[chunk][r][half].gather(from, column, K);
     }
     Q3N_UNROLL
-    for (int n = 0; n < MT; n++) {
-      uint32_t q[3][2];
-      x.planes(8 * n + group, j + 4 * member, q);
-      /* the smallest products first */
+    for (int chunk = 0; chunk < AHEAD; chunk++) {
+      if (j + 16 * chunk >= columns) break;
+      uint32_t a[RT][PLANES][4];
       Q3N_UNROLL
-      for (int p = PLANES + 1; p >= 0; p--) {
+      for (int r = 0; r < RT; r++) {
+        ahead[chunk][r][0].planes(a[r], 0);
+        ahead[chunk][r][1].planes(a[r], 1);
+      }
+      Q3N_UNROLL
+      for (int n = 0; n < MT; n++) {
+        uint32_t q[3][2];
+        x.planes(8 * n + group, j + 16 * chunk + 4 * member, q);
+        /* the smallest products first */
         Q3N_UNROLL
-        for (int k = 0; k < PLANES; k++) {
-          if (p - k < 0 || p - k > 2) continue;
+        for (int p = PLANES + 1; p >= 0; p--) {
           Q3N_UNROLL
-          for (int r = 0; r < RT; r++) q3n_mma_bf16(y[r][n], a[r][k], q[p - k], y[r][n]);
+          for (int k = 0; k < PLANES; k++) {
+            if (p - k < 0 || p - k > 2) continue;
+            Q3N_UNROLL
+            for (int r = 0; r < RT; r++) q3n_mma_bf16(y[r][n], a[r][k], q[p - k], y[r][n]);
+          }
         }
       }
     }
@@ -535,8 +600,8 @@ template <int RT, int MT> Q3N_DEVICE void q3n_tile_zero(float (&y)[RT][MT][4]) {
   for (int i = 0; i < RT * MT * 4; i++) y[i / (MT * 4)][i / 4 % MT][i % 4] = 0.0f;
 }
 
-/* For few rows of x: the sums of warp `part`. x(j) is row j of x, NULL for none; `words` is the warp's q3n_tile_words of
-   shared memory. */
+/* For few rows of x: the sums of part `part`, by one warp. x(j) is row j of x, NULL for none; `words` is the warp's
+   q3n_tile_words of shared memory. */
 template <int DT, bool Q8, int RT, int MT, class X>
 Q3N_DEVICE void q3n_tile_part(float (&y)[RT][MT][4], q3n_shared<uint32_t> words, const q3n_tile_weights &w, const X &x,
                               int64_t K, int part) {
@@ -565,7 +630,7 @@ static __host__ __device__ __forceinline__ constexpr int q3n_tile_sum_floats(int
   return Q3N_TILE_WARPS * RT * MT * 4 * 32;
 }
 
-/* Adds the parts of warps part, part + 1, ... of `parts` neighbours; part 0 has the result. All threads of the block. */
+/* Adds the parts of `parts` neighbouring warps; the one with part 0 has the result. All threads of the block. */
 template <int RT, int MT>
 Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, int part, int parts) {
   constexpr int COUNT = RT * MT * 4;
@@ -583,7 +648,35 @@ Q3N_DEVICE void q3n_tile_sum(float (&y)[RT][MT][4], q3n_shared<float> floats, in
   }
 }
 
-/* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'. */
+/* A row of w times a row of f32 x, one product after the other; with `in_group` >= 0 it is that row of the group at w.
+   For what came out infinite or NaN of the planes, where infinity times 0 appears, or of a sum of integers times x that
+   is past the largest float before its scale. */
+static __device__ Q3N_NOINLINE float q3n_tile_plain(q3n_dtype t, const uint8_t *w, int in_group, const float *x,
+                                                    int64_t K) {
+  const int columns = q3n_block_columns(t), bytes = q3n_block_bytes(t);
+  float sum = 0.0f;
+  for (int64_t k = 0; k < K; k += 4) {
+    const float4 v = in_group < 0 ? q3n_row_values4(t, w, k, K)
+                                  : q3n_values4(t, q3n_group_block{w + k / columns * bytes * 16, t, in_group},
+                                                (int)(k % columns));
+    sum = __fmaf_rn(v.x, x[k], sum);
+    if (k + 1 < K) sum = __fmaf_rn(v.y, x[k + 1], sum);
+    if (k + 2 < K) sum = __fmaf_rn(v.z, x[k + 2], sum);
+    if (k + 3 < K) sum = __fmaf_rn(v.w, x[k + 3], sum);
+  }
+  return sum;
+}
+
+/* y, or where it is not finite and x is f32, what q3n_tile_plain makes of row `row` of w and `x`. */
+template <bool Q8>
+Q3N_DEVICE float q3n_tile_checked(float y, const q3n_tile_weights &w, int row, const uint8_t *x, int64_t K) {
+  if (Q8 || fabsf(y) < __uint_as_float(0x7f800000u)) return y;
+  return q3n_tile_plain(w.dtype, w.rows + (w.r16 ? row / 16 * 16 : row) * w.row_bytes, w.r16 ? row % 16 : -1,
+                        (const float *)x, K);
+}
+
+/* Words of shared memory of a block for q3n_tile_block: two slices of 8-bit x or one of bf16 planes, then the warps'
+   own. */
 static __host__ __device__ __forceinline__ constexpr int q3n_block_x_words(bool Q8, int MT) {
   return 8 * MT * (Q8 ? 2 * Q3N_STAGED_X8 : 3 * Q3N_STAGED_PLANE);
 }

@@ -61,6 +61,11 @@ __global__ void __launch_bounds__(THREADS) route(q3n_moe_route_args a) {
   for (int e = lane; e < E; e += 32) bad |= logits[e] != logits[e];
   if (__any_sync(ALL, bad)) {
     if (lane == 0 && a.bad_token) atomicMin((long long *)a.bad_token, (long long)t);
+    /* What is queued behind this call runs all the same: it must find experts that there are. */
+    for (int c = lane; c < top_k; c += 32) {
+      ids[c] = c;
+      weights[c] = __int_as_float(0x7fc00000);
+    }
     return;
   }
 
@@ -92,9 +97,9 @@ constexpr int64_t ALONE_PAIRS = 1024, ALONE_COUNTS = 8192;
 constexpr int64_t RUN = 256, COUNTS = (int64_t)1 << 20;
 constexpr int EXPERTS = 2048, SCAN = 1024;
 
-/* Pairs from .. to - 1 in their order, 32 at a time, of the experts first .. first + n - 1: each is given to `place` with
-   its expert and the expert's count before it, and raises the count. The lowest pair of this lane with an id that is
-   none, whatever n. */
+/* Pairs from .. to - 1 in their order, 32 at a time, of the experts first .. first + n - 1: each is given to `place`
+   with its expert and the expert's count before it, and raises the count. The lowest pair of this lane with an id that
+   is none, whatever n. */
 template <class P>
 __device__ __forceinline__ int64_t walk(const q3n_moe_group_args &a, int64_t from, int64_t to, int first, int n,
                                         q3n_shared<uint32_t> counts, const P &place) {
@@ -186,7 +191,8 @@ __device__ __forceinline__ run_of_pairs find_run(const q3n_moe_group_args &a, in
 }
 
 /* rows: [runs][E], pairs of an expert in a run. bad: [runs]. */
-__global__ void __launch_bounds__(THREADS) group_count(q3n_moe_group_args a, int64_t runs, int64_t *bad, int64_t *rows) {
+__global__ void __launch_bounds__(THREADS) group_count(q3n_moe_group_args a, int64_t runs, int64_t *bad,
+                                                      int64_t *rows) {
   Q3N_SHARED(uint32_t, counts, WARPS * EXPERTS);
   const q3n_shared<uint32_t> own = counts + (int)(threadIdx.x / 32) * EXPERTS;
   const int lane = (int)(threadIdx.x % 32);
@@ -200,8 +206,8 @@ __global__ void __launch_bounds__(THREADS) group_count(q3n_moe_group_args a, int
 }
 
 /* rows: to pairs of an expert in earlier runs. One block. */
-__global__ void __launch_bounds__(SCAN) group_scan(q3n_moe_group_args a, int64_t runs, const int64_t *bad, int64_t *rows,
-                                                  int64_t *report) {
+__global__ void __launch_bounds__(SCAN) group_scan(q3n_moe_group_args a, int64_t runs, const int64_t *bad,
+                                                  int64_t *rows, int64_t *report) {
   Q3N_SHARED(int64_t, part, 32);
   int64_t lowest = NONE;
   for (int64_t r = threadIdx.x; r < runs; r += SCAN)

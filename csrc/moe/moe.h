@@ -30,7 +30,8 @@ typedef struct q3n_moe_route_args {
 
 Q3N_DECLARE_OPERATOR(moe_route);
 
-/* On a device bad_token alone tells of a NaN: the call is queued, not finished, when it returns. */
+/* On a device bad_token alone tells of a NaN: the call is queued, not finished, when it returns. Tokens with one get the
+   experts 0 .. top_k - 1 with NaN as weights, so that what is queued behind finds experts that there are. */
 Q3N_DECLARE_CUDA(moe_route, moe_route);
 
 /* Sorts the T * top_k (token, choice) pairs by expert, stably: order lists them as t * top_k + choice, and those of
@@ -47,8 +48,9 @@ typedef struct q3n_moe_group_args {
 Q3N_DECLARE_OPERATOR(moe_group);
 
 /* On a device the first 8 bytes of scratch tell, an int64_t: INT64_MAX, or the lowest pair whose id is outside 0 .. E;
-   then neither order nor offsets were written. What moe_route chose is never outside. up and down that are queued
-   behind do no harm where offsets were zeros before. */
+   then neither order nor offsets were written. What moe_route chose is never outside. Where a caller's own ids may be,
+   offsets that were zeros before keep up and down that are queued behind from reading order: h and y mean nothing
+   then, but nothing else is touched. */
 Q3N_DECLARE_CUDA(moe_group, moe_group);
 
 /* h[p] = silu(Wgate_e x_t) * (Wup_e x_t) for each pair p = (t, choice) with expert e. Items are blocks of rows of F.

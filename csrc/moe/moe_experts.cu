@@ -1,5 +1,5 @@
-/* Up and down: tiles of 16 rows of an expert times up to 8 or 32 of its pairs (../matmul/tile.cuh). A tile gives the same
-   bits whatever else is in it, so all forms of a call agree:
+/* Up and down over the tiles of ../matmul/tile.cuh: 16 rows of an expert times up to 8 or 32 of its pairs. A tile gives
+   the same bits whatever else is in it, so all forms of a call agree:
 
    up, few tokens     a block a pair and rows; the first of every eight pairs of an expert takes them all
    up, many tokens    one block lists the tiles of all experts, then a block a tile and rows
@@ -50,139 +50,229 @@ struct plan {
   int64_t act_bytes, act_pairs; /* bytes from row to row; pairs that share one */
   float *out;
   int64_t out_row;              /* from pair to pair, or from token to token */
-  const int64_t *order, *offsets, *tiles; /* tiles: their number, then from the eighth on expert and first place in order; NULL: few */
+  const int64_t *order, *offsets;
+  const int64_t *tiles; /* their number, then from the eighth on expert and first place in order; NULL: few */
   const float *weights;
   int32_t accumulate;
   int warps;
-  int64_t pairs, E, top_k, K;
+  int64_t E, top_k, K;
   int64_t first, end, row_blocks; /* rows first .. end - 1, by as many blocks */
+  int64_t blocks;                 /* few: pairs or tokens, which have so many each */
 };
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 __device__ __forceinline__ q3n_tile_weights rows_of(const matrix &m, int64_t e, int64_t row, int64_t end) {
-  return {m.base + e * m.expert_bytes + row * m.row_bytes, m.row_bytes, (int)(end - row < 16 ? end - row : 16), m.dtype,
-          m.r16};
+  const int count = row >= end ? 0 : end - row < 16 ? (int)(end - row) : 16;
+  return {count ? m.base + e * m.expert_bytes + row * m.row_bytes : m.base, m.row_bytes, count, m.dtype, m.r16};
 }
 
-/* y of token and rows from the choices. */
-template <int DT, bool Q8> __device__ __forceinline__ void choices(const plan &a, q3n_shared<uint32_t> words,
-                                                                  q3n_shared<float> floats) {
-  Q3N_SHARED(int, expert, FEW_CHOICES);
-  Q3N_SHARED(float, dots, CHOICE_WARPS * 16);
-  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * a.warps;
-  const int parts = q3n_tile_parts(a.K), part = warp % parts, batch = a.warps / parts, top_k = (int)a.top_k;
-  const int64_t t = blockIdx.x / a.row_blocks, row = blockIdx.x % a.row_blocks * 16;
+/* Rows of activations that a tile meets, by their bytes from the first one on. */
+struct act_rows {
+  const uint8_t *base;
+  q3n_shared<int64_t> at;
+  int n;
+  __device__ __forceinline__ const uint8_t *operator()(int j) const { return j < n ? base + (int64_t)at[j] : nullptr; }
+};
 
-  for (int c = thread; c < top_k; c += threads) expert[c] = -1;
+/* Few tokens: the expert of place `place` in order, or -1, in `found`. */
+__device__ __forceinline__ void find_expert(const plan &a, int64_t place, q3n_shared<int> found) {
+  if (threadIdx.x == 0) found[0] = -1;
   __syncthreads();
-  for (int64_t e = thread; e < a.E; e += threads)
+  for (int64_t e = threadIdx.x; e < a.E; e += 32 * a.warps)
+    if (a.offsets[e] <= place && place < a.offsets[e + 1]) found[0] = (int)e;
+  __syncthreads();
+}
+
+/* Those of a token's choices. */
+__device__ __forceinline__ void find_choices(const plan &a, int64_t t, q3n_shared<int> found) {
+  for (int64_t c = threadIdx.x; c < a.top_k; c += 32 * a.warps) found[c] = -1;
+  __syncthreads();
+  for (int64_t e = threadIdx.x; e < a.E; e += 32 * a.warps)
     for (int64_t i = a.offsets[e]; i < a.offsets[e + 1]; i++) {
-      const int64_t choice = a.order[i] - t * top_k;
-      if (choice >= 0 && choice < top_k) expert[choice] = (int)e;
+      const int64_t c = a.order[i] - t * a.top_k;
+      if (c >= 0 && c < a.top_k) found[c] = (int)e;
     }
   __syncthreads();
-
-  float sum = 0.0f;
-  for (int first = 0; first < top_k; first += batch) {
-    const int c = first + warp / parts;
-    const int e = c < top_k ? (int)expert[c] : -1;
-    float y[1][1][4];
-    if (e >= 0) {
-      const uint8_t *h = a.act + (t * top_k + c) * a.act_bytes;
-      q3n_tile_part<DT, Q8, 1, 1>(y, words + warp * q3n_tile_words(DT, 1), rows_of(a.m[0], e, row, a.end),
-                                  [&](int j) { return j == 0 ? h : nullptr; }, a.K, part);
-    }
-    q3n_tile_sum<1, 1>(y, floats, part, parts);
-    __syncthreads();
-    if (e >= 0 && part == 0 && lane % 4 == 0) {
-      dots[warp / parts * 16 + lane / 4] = y[0][0][0];
-      dots[warp / parts * 16 + lane / 4 + 8] = y[0][0][2];
-    }
-    __syncthreads();
-    if (thread >= 16) continue;
-    for (int i = 0; i < batch && first + i < top_k; i++)
-      if (expert[first + i] >= 0)
-        sum = __fmaf_rn(a.weights ? a.weights[t * top_k + first + i] : 1.0f, dots[i * 16 + thread], sum);
-  }
-  if (thread >= 16 || row + thread >= a.end) return;
-  float *y = a.out + t * a.out_row + row + thread;
-  *y = a.accumulate ? *y + sum : sum;
 }
 
-template <int DT, bool Q8, int MT>
-__global__ void __launch_bounds__(MT == 1 ? 32 * CHOICE_WARPS : 64 * Q3N_TILE_WARPS) experts(plan a) {
-  constexpr int COUNT = 4 * MT, WARPS = MT == 1 ? CHOICE_WARPS : 2 * Q3N_TILE_WARPS;
+/* A tile of the list, or the one that starts at place `tile` in order; n = 0: there is none. */
+struct pairs_of {
+  int64_t e, from;
+  int n;
+};
+
+template <int SIZE>
+__device__ __forceinline__ pairs_of find_pairs(const plan &a, int64_t tile, q3n_shared<int> found) {
+  pairs_of at = {0, tile, 0};
+  if (a.tiles) {
+    at.e = a.tiles[8 + 2 * tile], at.from = a.tiles[9 + 2 * tile];
+  } else {
+    find_expert(a, tile, found);
+    at.e = (int)found[0];
+    if (at.e < 0 || (tile - a.offsets[at.e]) % SIZE != 0) return at;
+  }
+  const int64_t left = a.offsets[at.e + 1] - at.from;
+  at.n = (int)(left < SIZE ? left : SIZE);
+  return at;
+}
+
+/* Where pairs lie and what they meet, for all threads behind the next barrier. */
+__device__ __forceinline__ void find_rows(const plan &a, int64_t from, int n, bool sorted, q3n_shared<int64_t> pair_of,
+                                          q3n_shared<int64_t> row_of) {
+  if ((int)threadIdx.x >= n) return;
+  const int64_t pair = sorted ? a.order[from + threadIdx.x] : from + threadIdx.x;
+  pair_of[threadIdx.x] = pair;
+  row_of[threadIdx.x] = pair / a.act_pairs * a.act_bytes;
+}
+
+/* Infinities that the tile lost in products of parts. */
+template <bool Q8, int MT>
+__device__ __forceinline__ void check(float (&y)[1][MT][4], const q3n_tile_weights &w, const act_rows &x, int64_t K) {
+  const int lane = (int)(threadIdx.x % 32);
+  Q3N_UNROLL
+  for (int i = 0; i < 4 * MT; i++) {
+    const int r = lane / 4 + i % 4 / 2 * 8, j = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float &value = y[0][i / 4][i % 4];
+    if (r < w.count && j < x.n) value = q3n_tile_checked<Q8>(value, w, r, x(j), K);
+  }
+}
+
+/* Dots of rows row .. row + 15 to where their pairs have them; `up` of matrix 1, COUNT * 32 of them. */
+template <int MT>
+__device__ __forceinline__ void finish(const plan &a, const float (&y)[1][MT][4], q3n_shared<float> up, int64_t row,
+                                       int n, q3n_shared<int64_t> pair_of) {
+  const int lane = (int)(threadIdx.x % 32);
+  Q3N_UNROLL
+  for (int i = 0; i < 4 * MT; i++) {
+    const int64_t r = row + lane / 4 + i % 4 / 2 * 8;
+    const int j = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (r >= a.end || j >= n) continue;
+    float *to = a.out + (int64_t)pair_of[j] * a.out_row + (r - a.first);
+    float value = y[0][i / 4][i % 4];
+    if (a.kind == GATE_AND_UP) value = silu(value) * up[i * 32 + lane];
+    if (a.kind == UP) value = silu(*to) * value;
+    *to = value;
+  }
+}
+
+template <int MT>
+__device__ __forceinline__ void put(const float (&y)[1][MT][4], q3n_shared<float> to) {
+  Q3N_UNROLL
+  for (int i = 0; i < 4 * MT; i++) to[i * 32 + (int)(threadIdx.x % 32)] = y[0][i / 4][i % 4];
+}
+
+/* Tiles of up to 8 pairs, or a token's choices; warps share K. */
+template <int DT, bool Q8> __global__ void __launch_bounds__(32 * CHOICE_WARPS, 1) few(plan a) {
   Q3N_SHARED_DYNAMIC(uint32_t, words, 0, a.warps * q3n_tile_words(DT, 1));
-  Q3N_SHARED(float, floats, WARPS * COUNT * 32);
-  if constexpr (MT == 1)
-    if (a.kind == CHOICES) {
-      choices<DT, Q8>(a, words, floats);
-      return;
-    }
-  Q3N_SHARED(int64_t, pair_of, 8 * MT);
-  Q3N_SHARED(int64_t, row_of, 8 * MT);
-  Q3N_SHARED(int64_t, found, 1);
-  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, threads = 32 * a.warps;
-  const int parts = q3n_tile_parts(a.K), part = warp % parts, which = warp / Q3N_TILE_WARPS;
-  const int64_t block_rows = Q3N_TILE_WARPS / parts * 16;
-  const int64_t tiles = a.tiles ? a.tiles[0] : a.pairs;
-  const matrix &m = a.m[which];
+  Q3N_SHARED(float, floats, CHOICE_WARPS * 4 * 32);
+  Q3N_SHARED(float, dots, CHOICE_WARPS * 16);
+  Q3N_SHARED(int, found, FEW_CHOICES);
+  Q3N_SHARED(int64_t, pair_of, CHOICE_WARPS);
+  Q3N_SHARED(int64_t, row_of, CHOICE_WARPS);
+  const bool by_choice = a.kind == CHOICES;
+  const int thread = (int)threadIdx.x, lane = thread % 32, warp = thread / 32, parts = q3n_tile_parts(a.K);
+  const int part = warp % parts, which = by_choice ? 0 : warp / Q3N_TILE_WARPS, batch = a.warps / parts;
+  const int mine = (by_choice ? warp : warp % Q3N_TILE_WARPS) / parts; /* choice, or 16 rows */
+  const int64_t block_rows = by_choice ? 16 : Q3N_TILE_WARPS / parts * 16;
+  const int64_t tiles = a.tiles ? a.tiles[0] : a.blocks;
+  int first_choice = 0;
+  float sum = 0.0f; /* over choices, of row `thread` */
 
-  for (int64_t item = blockIdx.x; item < tiles * a.row_blocks; item += gridDim.x) {
-    const int64_t tile = item / a.row_blocks;
-    int64_t e = 0, from = tile;
-    if (a.tiles) {
-      e = a.tiles[8 + 2 * tile], from = a.tiles[9 + 2 * tile];
+  for (int64_t item = blockIdx.x; item < tiles * a.row_blocks;) {
+    const int64_t tile = item / a.row_blocks, first = a.first + item % a.row_blocks * block_rows;
+    const int64_t row = by_choice ? first : first + mine * 16;
+    pairs_of at;
+    if (by_choice) {
+      if (first_choice == 0) find_choices(a, tile, found);
+      const int left = (int)a.top_k - first_choice;
+      at = {-1, tile * a.top_k + first_choice, left < batch ? left : batch};
     } else {
-      if (thread == 0) found[0] = -1;
-      __syncthreads();
-      for (int64_t i = thread; i < a.E; i += threads)
-        if (a.offsets[i] <= tile && tile < a.offsets[i + 1]) found[0] = i;
-      __syncthreads();
-      e = found[0];
-      if (e < 0 || (tile - a.offsets[e]) % (8 * MT) != 0) return; /* no item more: each has its block */
+      at = find_pairs<8>(a, tile, found);
+      if (at.n == 0) return; /* every place has its block */
     }
-    const int64_t left = a.offsets[e + 1] - from;
-    const int n = (int)(left < 8 * MT ? left : 8 * MT);
     __syncthreads();
-    if (thread < n) {
-      const int64_t pair = a.order[from + thread];
-      pair_of[thread] = pair;
-      row_of[thread] = pair / a.act_pairs * a.act_bytes;
-    }
+    find_rows(a, at.from, at.n, !by_choice, pair_of, row_of);
     __syncthreads();
 
-    const int64_t row = a.first + item % a.row_blocks * block_rows + warp % Q3N_TILE_WARPS / parts * 16;
-    const auto x = [&](int j) { return j < n ? a.act + row_of[j] : nullptr; };
-    float y[1][MT][4];
-    if (row < a.end)
-      q3n_tile_part<DT, Q8, 1, MT>(y, words + warp * q3n_tile_words(DT, 1), rows_of(m, e, row, a.end), x, a.K, part);
-    q3n_tile_sum<1, MT>(y, floats, part, parts);
+    act_rows x = {a.act, row_of, at.n};
+    if (by_choice) {
+      if (mine < at.n) at.e = (int)found[first_choice + mine];
+      x.at += mine, x.n = 1;
+    }
+    const bool work = at.e >= 0 && row < a.end;
+    float y[1][1][4];
+    q3n_tile_zero(y);
+    const q3n_tile_weights w = rows_of(a.m[which], work ? at.e : 0, row, a.end);
+    if (work) q3n_tile_part<DT, Q8, 1, 1>(y, words + warp * q3n_tile_words(DT, 1), w, x, a.K, part);
+    q3n_tile_sum<1, 1>(y, floats, part, parts);
+    if (work && part == 0) check<Q8, 1>(y, w, x, a.K);
+
+    if (by_choice) {
+      if (work && part == 0 && lane % 4 == 0) {
+        dots[mine * 16 + lane / 4] = y[0][0][0];
+        dots[mine * 16 + lane / 4 + 8] = y[0][0][2];
+      }
+      __syncthreads();
+      for (int i = 0; i < at.n && thread < 16; i++)
+        if (found[first_choice + i] >= 0)
+          sum = __fmaf_rn(a.weights ? a.weights[at.from + i] : 1.0f, dots[i * 16 + thread], sum);
+      first_choice += batch;
+      if (first_choice < a.top_k) continue;
+      if (thread < 16 && row + thread < a.end) {
+        float *to = a.out + tile * a.out_row + row + thread;
+        *to = a.accumulate ? *to + sum : sum;
+      }
+      first_choice = 0;
+      sum = 0.0f;
+    } else {
+      if (a.kind == GATE_AND_UP) {
+        __syncthreads();
+        if (which == 1) put<1>(y, floats + warp * 128);
+        __syncthreads();
+      }
+      if (which == 0 && part == 0) finish<1>(a, y, floats + (warp + Q3N_TILE_WARPS) * 128, row, at.n, pair_of);
+    }
+    item += gridDim.x;
+  }
+}
+
+/* Tiles of up to 32 pairs: every warp has 16 rows and all of K. */
+constexpr int MANY = 4, MANY_PAIRS = 8 * MANY;
+
+template <int DT, bool Q8> __global__ void __launch_bounds__(32 * Q3N_TILE_WARPS, 2) many(plan a) {
+  constexpr int COUNT = 4 * MANY * 32;
+  Q3N_SHARED_DYNAMIC(uint32_t, words, 0, q3n_block_words(DT, Q8, 1, MANY));
+  Q3N_SHARED(float, floats, q3n_tile_sum_floats(1, MANY));
+  Q3N_SHARED(int, found, 1);
+  Q3N_SHARED(int64_t, pair_of, MANY_PAIRS);
+  Q3N_SHARED(int64_t, row_of, MANY_PAIRS);
+  const int warp = (int)(threadIdx.x / 32), warps = Q3N_TILE_WARPS / (a.kind == GATE_AND_UP ? 2 : 1); /* of a matrix */
+  const int64_t tiles = a.tiles[0];
+  for (int64_t item = blockIdx.x; item < tiles * a.row_blocks; item += gridDim.x) {
+    const pairs_of at = find_pairs<MANY_PAIRS>(a, item / a.row_blocks, found);
+    __syncthreads();
+    find_rows(a, at.from, at.n, true, pair_of, row_of);
+    __syncthreads();
+    const int64_t row = a.first + (item % a.row_blocks * warps + warp % warps) * 16;
+    const q3n_tile_weights w = rows_of(a.m[warp / warps], at.e, row, a.end);
+    const act_rows x = {a.act, row_of, at.n};
+    float y[1][MANY][4];
+    q3n_tile_block<DT, Q8, 1, MANY>(y, words, floats, w, x, a.K);
+    check<Q8, MANY>(y, w, x, a.K);
     if (a.kind == GATE_AND_UP) {
       __syncthreads();
-      Q3N_UNROLL
-      for (int i = 0; i < COUNT; i++)
-        if (which == 1) floats[(warp * COUNT + i) * 32 + lane] = y[0][i / 4][i % 4];
+      if (warp >= warps) put<MANY>(y, floats + warp * COUNT);
       __syncthreads();
     }
-    if (which == 1 || part > 0) continue;
-    Q3N_UNROLL
-    for (int i = 0; i < COUNT; i++) {
-      const int64_t r = row + lane / 4 + i % 4 / 2 * 8;
-      const int j = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (r >= a.end || j >= n) continue;
-      float *to = a.out + pair_of[j] * a.out_row + (r - a.first);
-      float value = y[0][i / 4][i % 4];
-      if (a.kind == GATE_AND_UP) value = silu(value) * floats[((warp + Q3N_TILE_WARPS) * COUNT + i) * 32 + lane];
-      if (a.kind == UP) value = silu(*to) * value;
-      *to = value;
-    }
+    if (warp >= warps || row >= a.end) continue;
+    finish<MANY>(a, y, floats + (warp + warps) % Q3N_TILE_WARPS * COUNT, row, at.n, pair_of);
   }
 }
 
 /* The tiles of up to `size` pairs, expert by expert. One block. */
-__global__ void __launch_bounds__(LIST_THREADS) list_tiles(int64_t *tiles, const int64_t *offsets, int64_t E, int size) {
+__global__ void __launch_bounds__(LIST_THREADS) list_tiles(int64_t *tiles, const int64_t *offsets, int64_t E,
+                                                          int size) {
   Q3N_SHARED(int64_t, part, 32);
   int64_t start = 0, all;
   for (int64_t first = 0; first < E; first += LIST_THREADS) {
@@ -225,11 +315,8 @@ bool is_few(int64_t T, int64_t E, int64_t top_k) {
   return T <= FEW_TOKENS && E <= FEW_EXPERTS && top_k <= FEW_CHOICES;
 }
 
-/* Pairs of a tile where there are many tokens. */
-int tile_pairs(int64_t pairs, int64_t E) { return pairs < 8 * E ? 8 : 32; }
-
 int64_t list_bytes(int64_t pairs, int64_t E) {
-  return (64 + 16 * (pairs / tile_pairs(pairs, E) + (E < pairs ? E : pairs)) + 63) / 64 * 64;
+  return (64 + 16 * (pairs / 8 + (E < pairs ? E : pairs)) + 63) / 64 * 64;
 }
 
 /* Rows of down whose dots lie in scratch at a time. */
@@ -239,19 +326,21 @@ int64_t dots_rows(const q3n_moe_down_args *a) {
 }
 
 template <int DT, bool Q8> q3n_status launch(plan a, int64_t tiles, int size, q3n_stream stream) {
-  const int parts = q3n_tile_parts(a.K), row_block = a.kind == CHOICES ? 16 : Q3N_TILE_WARPS / parts * 16;
-  const int words = q3n_tile_words(DT, 1);
-  a.row_blocks = (a.end - a.first + row_block - 1) / row_block;
-  a.warps = a.kind == GATE_AND_UP ? 2 * Q3N_TILE_WARPS : Q3N_TILE_WARPS;
+  const int parts = q3n_tile_parts(a.K), words = q3n_tile_words(DT, 1), matrices = a.kind == GATE_AND_UP ? 2 : 1;
+  const int64_t rows = a.kind == CHOICES ? 16 : 16 * Q3N_TILE_WARPS / (size > 8 ? matrices : parts);
+  a.blocks = tiles;
+  a.row_blocks = (a.end - a.first + rows - 1) / rows;
+  const int64_t blocks = tiles * a.row_blocks, grid = blocks < INT32_MAX ? blocks : INT32_MAX;
+  if (size > 8)
+    return Q3N_LAUNCH((many<DT, Q8>), (a), grid, 32 * Q3N_TILE_WARPS, 4 * q3n_block_words(DT, Q8, 1, MANY), stream);
+  a.warps = matrices * Q3N_TILE_WARPS;
   if (a.kind == CHOICES) {
     int64_t most = words ? CHOICE_BYTES / (4 * words) : CHOICE_WARPS;
     if (most > CHOICE_WARPS) most = CHOICE_WARPS;
     const int64_t wanted = (a.top_k < 1 ? 1 : a.top_k) * parts;
     a.warps = (int)((wanted < most ? wanted : most) / parts * parts);
   }
-  const int64_t blocks = tiles * a.row_blocks, grid = blocks < INT32_MAX ? blocks : INT32_MAX, bytes = 4 * words * a.warps;
-  return size == 8 ? Q3N_LAUNCH((experts<DT, Q8, 1>), (a), grid, 32 * a.warps, bytes, stream)
-                   : Q3N_LAUNCH((experts<DT, Q8, 4>), (a), grid, 32 * a.warps, bytes, stream);
+  return Q3N_LAUNCH((few<DT, Q8>), (a), grid, 32 * a.warps, 4 * words * a.warps, stream);
 }
 
 template <int DT> q3n_status launch_type(const plan &a, bool q8, int64_t tiles, int size, q3n_stream stream) {
@@ -270,6 +359,14 @@ int instance(q3n_dtype t) {
     case Q3N_Q8_0: return t;
     default: return Q3N_TILE_ANY;
   }
+}
+
+/* Pairs of a tile where there are many tokens: 32 where experts have some and the block fits. */
+int tile_pairs(const plan &a, bool q8, int64_t pairs) {
+  const int64_t own = 4 * q3n_tile_sum_floats(1, MANY) + 1024;
+  for (const matrix &m : a.m)
+    if (m.base && 4 * q3n_block_words(instance(m.dtype), q8, 1, MANY) + own > q3n_shared_limit()) return 8;
+  return pairs < 8 * a.E ? 8 : MANY_PAIRS;
 }
 
 /* `tiles` blocks of up to `size` pairs, or of a token. */
@@ -296,8 +393,6 @@ Q3N_CUDA_OPERATOR(moe_up, moe_up) {
   const int64_t pairs = a->T * a->top_k;
   if (pairs == 0 || a->F == 0) return Q3N_OK;
   const bool few = is_few(a->T, a->E, a->top_k), q8 = a->x_dtype != Q3N_F32;
-  const int size = few ? 8 : tile_pairs(pairs, a->E);
-  int64_t tiles = pairs;
   plan p = {};
   p.m[0] = matrix_of(a->gate, a->gate_dtype, a->E, a->gate_e, a->F, a->gate_f);
   p.m[1] = matrix_of(a->up, a->up_dtype, a->E, a->up_e, a->F, a->up_f);
@@ -308,8 +403,10 @@ Q3N_CUDA_OPERATOR(moe_up, moe_up) {
   p.out_row = a->F;
   p.order = a->order;
   p.offsets = a->offsets;
-  p.pairs = pairs, p.E = a->E, p.top_k = a->top_k, p.K = a->D;
+  p.E = a->E, p.top_k = a->top_k, p.K = a->D;
   p.end = a->F;
+  const int size = few ? 8 : tile_pairs(p, q8, pairs);
+  int64_t tiles = pairs;
   if (!few) {
     p.tiles = (const int64_t *)scratch;
     tiles = pairs / size + (a->E < pairs ? a->E : pairs);
@@ -343,7 +440,7 @@ Q3N_CUDA_OPERATOR(moe_down, moe_down) {
   p.act_pairs = 1;
   p.order = a->order;
   p.offsets = a->offsets;
-  p.pairs = pairs, p.E = a->E, p.top_k = a->top_k, p.K = a->F;
+  p.E = a->E, p.top_k = a->top_k, p.K = a->F;
   if (few) {
     p.kind = CHOICES;
     p.out = a->y, p.out_row = a->y_t;
@@ -353,7 +450,7 @@ Q3N_CUDA_OPERATOR(moe_down, moe_down) {
     return launch_experts(p, q8, a->T, 8, stream);
   }
 
-  const int size = tile_pairs(pairs, a->E);
+  const int size = tile_pairs(p, q8, pairs);
   const int64_t tiles = pairs / size + (a->E < pairs ? a->E : pairs), rows = dots_rows(a);
   int64_t *const list = (int64_t *)scratch;
   float *const dots = (float *)((uint8_t *)scratch + list_bytes(pairs, a->E));

@@ -133,10 +133,13 @@ static inline __attribute__((always_inline)) q3n_status q3n_moe_up_q8(const q3n_
       const uint8_t *gate_next = q3n_q8_next(q3n_element(a->gate, a->gate_dtype, expert * a->gate_e), a->gate_dtype,
                                              (last ? begin : item + 1) * Q3N_TILE_ROWS, a->F, a->gate_f, a->D, &up);
       for (int64_t i = from, tokens; i < to; i += tokens) {
-        tokens = q3n_q8_take(to - i);
+        tokens = q3n_q8_take(by, to - i);
         const uint8_t *x[Q3N_Q8_TOKENS];
-        float g[Q3N_Q8_TOKENS * Q3N_TILE_ROWS], u[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
-        for (int64_t t = 0; t < tokens; t++) x[t] = (const uint8_t *)a->x + a->order[i + t] / a->top_k * x_row;
+        _Alignas(64) float g[Q3N_Q8_TOKENS * Q3N_TILE_ROWS], u[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
+        for (int64_t t = 0; t < tokens; t++) {
+          x[t] = (const uint8_t *)a->x + a->order[i + t] / a->top_k * x_row;
+          q3n_q8_expect(a->h + a->order[i + t] * a->F + first, count);
+        }
         q3n_q8_multiply(by, gate_type, g, &gate, x, tokens, gate_blocks, up_next);
         q3n_q8_multiply(by, up_type, u, &up, x, tokens, up_blocks, gate_next);
         for (int64_t t = 0; t < tokens; t++)
@@ -167,10 +170,13 @@ static inline __attribute__((always_inline)) q3n_status q3n_moe_down_q8(const q3
           q3n_q8_weights_of(by, rows, a->dtype, first + r, count, a->down_d, a->F, to - from, scratch);
         const uint8_t *next = q3n_q8_next(after, a->dtype, first + r, a->D, a->down_d, a->F, &down);
         for (int64_t i = from, tokens; i < to; i += tokens) {
-          tokens = q3n_q8_take(to - i);
+          tokens = q3n_q8_take(by, to - i);
           const uint8_t *h[Q3N_Q8_TOKENS];
-          float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
-          for (int64_t t = 0; t < tokens; t++) h[t] = (const uint8_t *)a->h + a->order[i + t] * h_row;
+          _Alignas(64) float y[Q3N_Q8_TOKENS * Q3N_TILE_ROWS];
+          for (int64_t t = 0; t < tokens; t++) {
+            h[t] = (const uint8_t *)a->h + a->order[i + t] * h_row;
+            q3n_q8_expect(dots + a->order[i + t] * Q3N_MOE_DOWN_ROWS + r, count);
+          }
           q3n_q8_multiply(by, type, y, &down, h, tokens, blocks, next);
           for (int64_t t = 0; t < tokens; t++)
             memcpy(dots + a->order[i + t] * Q3N_MOE_DOWN_ROWS + r, y + t * Q3N_TILE_ROWS, (size_t)count * sizeof *y);

@@ -118,6 +118,25 @@ struct q3n_shared_block {
   }
 };
 
+/* Where byte `at` of block 0 of row `row` lies in a group of 16 interleaved rows (repack.h). */
+Q3N_DEVICE int q3n_group_byte(q3n_dtype t, int at, int row) {
+  const int bytes = q3n_block_bytes(t), left = bytes % 4, head = q3n_block_columns(t) == 32 ? left : 0;
+  if (at < head) return left * row + at;
+  if (at >= bytes - (left - head)) return 16 * (bytes - left) + left * row + (at - (bytes - left));
+  const int unit = (at - head) / 4 * 4 + head;
+  return 16 * unit + 4 * row + (at - unit);
+}
+
+/* Block of row `row` of 16 interleaved ones, which start at p. */
+struct q3n_group_block {
+  const uint8_t *p;
+  q3n_dtype t;
+  int row;
+  __device__ __forceinline__ uint32_t byte(int at) const { return p[q3n_group_byte(t, at, row)]; }
+  __device__ __forceinline__ uint32_t half(int at) const { return byte(at) | byte(at + 1) << 8; }
+  __device__ __forceinline__ uint32_t word(int at) const { return half(at) | half(at + 2) << 16; }
+};
+
 /* v - k in each of four bytes, 0 <= v - k + 128 < 256. */
 Q3N_DEVICE uint32_t q3n_bytes_minus(uint32_t v, uint32_t k) {
   return ((v | 0x80808080u) - k * 0x01010101u) ^ 0x80808080u;
@@ -142,7 +161,7 @@ Q3N_DEVICE uint32_t q3n_mxfp4_bytes(uint32_t nibbles) {
   return q3n_levels(nibbles, 0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu);
 }
 
-/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16: apart, so that a constant j folds. */
+/* Values 16 j + in16 .. 16 j + in16 + 3 of a block, in16 a multiple of 4 below 16; two, so that a constant j folds. */
 template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, int in16) {
   constexpr uint32_t NIBBLES = 0x0f0f0f0fu, PAIRS = 0x03030303u, BITS = 0x01010101u;
   const int c = 16 * j, in32 = j % 2 * 16 + in16, high = j % 2 * 4;
@@ -151,7 +170,8 @@ template <class R> Q3N_DEVICE uint32_t q3n_quad(q3n_dtype t, const R &b, int j, 
     case Q3N_Q4_0: return q3n_bytes_minus(b.word(2 + in16) >> high & NIBBLES, 8);
     case Q3N_Q4_1: return b.word(4 + in16) >> high & NIBBLES;
     case Q3N_Q5_0:
-      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4, 16);
+      return q3n_bytes_minus((b.word(6 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(2) >> (c + in16)) << 4,
+                             16);
     case Q3N_Q5_1: return (b.word(8 + in16) >> high & NIBBLES) | q3n_bits_to_bytes(b.word(4) >> (c + in16)) << 4;
     case Q3N_IQ4_NL: return q3n_iq4_bytes(b.word(2 + in16) >> high & NIBBLES);
     case Q3N_MXFP4: return q3n_mxfp4_bytes(b.word(1 + in16) >> high & NIBBLES);
@@ -300,14 +320,5 @@ Q3N_DEVICE float4 q3n_row_values4(q3n_dtype t, const uint8_t *row, int64_t i, in
 
 /* Where sum i of 8-bit activations lies, as q3n_q8_sum_at. */
 Q3N_DEVICE int q3n_sum_at(int i) { return (i & ~3) | (i & 1) << 1 | (i >> 1 & 1); }
-
-/* Where byte `at` of block 0 of row `row` lies in a group of 16 interleaved rows (repack.h). */
-Q3N_DEVICE int q3n_group_byte(q3n_dtype t, int at, int row) {
-  const int bytes = q3n_block_bytes(t), left = bytes % 4, head = q3n_block_columns(t) == 32 ? left : 0;
-  if (at < head) return left * row + at;
-  if (at >= bytes - (left - head)) return 16 * (bytes - left) + left * row + (at - (bytes - left));
-  const int unit = (at - head) / 4 * 4 + head;
-  return 16 * unit + 4 * row + (at - unit);
-}
 
 #endif

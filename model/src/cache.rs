@@ -5,6 +5,10 @@ use crate::error::Error;
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use qwen3next_kernels::attention::{Kv, Q8_0};
+#[cfg(feature = "device")]
+use qwen3next_kernels::device::{Buffer, Cuda, Device};
+#[cfg(feature = "device")]
+use qwen3next_kernels::layer::kv_store;
 use qwen3next_kernels::quant::quantize;
 use qwen3next_kernels::{DType, Exec, View};
 use std::ops::Range;
@@ -49,6 +53,169 @@ impl CacheTypes {
     pub fn bytes_per_token(self, config: &Config) -> Option<usize> {
         self.expect(config).ok()?;
         self.k.bytes(config.kv_elements())
+    }
+}
+
+/// The keys or the values of all slots, where the layer lies.
+#[derive(Debug)]
+pub(crate) enum Cache {
+    Cpu(Rows),
+    #[cfg(feature = "device")]
+    Cuda(DeviceRows),
+}
+
+impl Cache {
+    /// A copy of some elements.
+    pub(crate) fn part(&self, range: Range<usize>) -> Result<Rows, Error> {
+        match self {
+            Cache::Cpu(rows) => Ok(rows.part(range)),
+            #[cfg(feature = "device")]
+            Cache::Cuda(rows) => rows.part(range),
+        }
+    }
+
+    /// Puts back what [`Cache::part`] gave; the types have been compared.
+    pub(crate) fn put(&mut self, at: usize, part: &Rows) -> Result<(), Error> {
+        match self {
+            Cache::Cpu(rows) => {
+                rows.put(at, part);
+                Ok(())
+            }
+            #[cfg(feature = "device")]
+            Cache::Cuda(rows) => rows.put(at, part),
+        }
+    }
+
+    /// Of the type of these.
+    pub(crate) fn same_type(&self, part: &Rows) -> bool {
+        match self {
+            Cache::Cpu(rows) => rows.same_type(part),
+            #[cfg(feature = "device")]
+            Cache::Cuda(rows) => rows.dtype() == part.dtype(),
+        }
+    }
+
+    /// Bytes of so many elements.
+    pub(crate) fn bytes(&self, elements: usize) -> usize {
+        match self {
+            Cache::Cpu(rows) => rows.bytes(elements),
+            #[cfg(feature = "device")]
+            Cache::Cuda(rows) => rows.dtype().bytes(elements).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Hands over some elements as little-endian bytes, part by part.
+    pub(crate) fn save(
+        &self,
+        range: Range<usize>,
+        to: &mut dyn FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Cache::Cpu(rows) => rows.save(range, to),
+            #[cfg(feature = "device")]
+            Cache::Cuda(rows) => rows.part(range)?.save_all(to),
+        }
+    }
+
+    /// Fills some elements with what [`Cache::save`] gave.
+    pub(crate) fn load(
+        &mut self,
+        range: Range<usize>,
+        from: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Cache::Cpu(rows) => rows.load(range, from),
+            #[cfg(feature = "device")]
+            Cache::Cuda(rows) => {
+                let mut part = Rows::zeros(rows.dtype(), range.len())?;
+                part.load(0..range.len(), from)?;
+                rows.put(range.start, &part)
+            }
+        }
+    }
+}
+
+/// [`Rows`] in a device's memory.
+#[cfg(feature = "device")]
+#[derive(Debug)]
+pub(crate) enum DeviceRows {
+    F32(Buffer<f32>),
+    F16(Buffer<f16>),
+    BF16(Buffer<bf16>),
+    Q8_0(Buffer<Q8_0>),
+}
+
+#[cfg(feature = "device")]
+impl DeviceRows {
+    /// `n` zeros, a whole number of blocks.
+    pub(crate) fn zeros(device: &Device, dtype: DType, n: usize) -> Result<DeviceRows, Error> {
+        Ok(match dtype {
+            DType::F16 => DeviceRows::F16(device.zeros(n)?),
+            DType::BF16 => DeviceRows::BF16(device.zeros(n)?),
+            DType::Q8_0 => DeviceRows::Q8_0(device.zeros(n / 32)?),
+            _ => DeviceRows::F32(device.zeros(n)?),
+        })
+    }
+
+    fn dtype(&self) -> DType {
+        match self {
+            DeviceRows::F32(_) => DType::F32,
+            DeviceRows::F16(_) => DType::F16,
+            DeviceRows::BF16(_) => DType::BF16,
+            DeviceRows::Q8_0(_) => DType::Q8_0,
+        }
+    }
+
+    /// Elements.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            DeviceRows::F32(x) => x.len(),
+            DeviceRows::F16(x) => x.len(),
+            DeviceRows::BF16(x) => x.len(),
+            DeviceRows::Q8_0(x) => 32 * x.len(),
+        }
+    }
+
+    fn part(&self, range: Range<usize>) -> Result<Rows, Error> {
+        Ok(match self {
+            DeviceRows::F32(x) => Rows::F32(x.download_at(range.start, range.len())?),
+            DeviceRows::F16(x) => Rows::F16(x.download_at(range.start, range.len())?),
+            DeviceRows::BF16(x) => Rows::BF16(x.download_at(range.start, range.len())?),
+            DeviceRows::Q8_0(x) => Rows::Q8_0(x.download_at(range.start / 32, range.len() / 32)?),
+        })
+    }
+
+    fn put(&mut self, at: usize, part: &Rows) -> Result<(), Error> {
+        match (self, part) {
+            (DeviceRows::F32(x), Rows::F32(part)) => x.write_at(at, part)?,
+            (DeviceRows::F16(x), Rows::F16(part)) => x.write_at(at, part)?,
+            (DeviceRows::BF16(x), Rows::BF16(part)) => x.write_at(at, part)?,
+            (DeviceRows::Q8_0(x), Rows::Q8_0(part)) => x.write_at(at / 32, part)?,
+            _ => unreachable!("types were compared"),
+        }
+        Ok(())
+    }
+
+    /// As rows are stored, `[slots][S][HKV·D]`.
+    pub(crate) fn store(&mut self, [slots, s, n]: [usize; 3]) -> Result<kv_store::Cache<'_, Cuda>, Error> {
+        let shape = [slots, s, n];
+        Ok(match self {
+            DeviceRows::F32(x) => kv_store::Cache::F32(x.view_mut(shape)?),
+            DeviceRows::F16(x) => kv_store::Cache::F16(x.view_mut(shape)?),
+            DeviceRows::BF16(x) => kv_store::Cache::BF16(x.view_mut(shape)?),
+            DeviceRows::Q8_0(x) => kv_store::Cache::Q8_0(x.view_mut([slots, s, n / 32])?),
+        })
+    }
+
+    /// As attention takes them, `[slots][S][HKV][D]`.
+    pub(crate) fn view(&self, [slots, s, hkv, d]: [usize; 4]) -> Result<Kv<'_, Cuda>, Error> {
+        let shape = [slots, s, hkv, d];
+        Ok(match self {
+            DeviceRows::F32(x) => Kv::F32(x.view(shape)?),
+            DeviceRows::F16(x) => Kv::F16(x.view(shape)?),
+            DeviceRows::BF16(x) => Kv::BF16(x.view(shape)?),
+            DeviceRows::Q8_0(x) => Kv::Q8_0(x.view([slots, s, hkv, d / 32])?),
+        })
     }
 }
 
@@ -130,6 +297,21 @@ impl Rows {
         }
     }
 
+    #[cfg(feature = "device")]
+    fn dtype(&self) -> DType {
+        match self {
+            Rows::F32(_) => DType::F32,
+            Rows::F16(_) => DType::F16,
+            Rows::BF16(_) => DType::BF16,
+            Rows::Q8_0(_) => DType::Q8_0,
+        }
+    }
+
+    #[cfg(feature = "device")]
+    fn save_all(&self, to: &mut dyn FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
+        self.save(0..self.len(), to)
+    }
+
     /// Both are of one type.
     pub(crate) fn same_type(&self, other: &Rows) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
@@ -198,6 +380,79 @@ impl Rows {
 
 fn blocks(elements: &Range<usize>) -> Range<usize> {
     elements.start / 32..elements.end / 32
+}
+
+/// Floats of all slots, where the layer lies.
+#[derive(Debug)]
+pub(crate) enum Floats {
+    Cpu(Vec<f32>),
+    #[cfg(feature = "device")]
+    Cuda(Buffer<f32>),
+}
+
+impl Floats {
+    /// Appends those of a slot of `size` to `to`.
+    pub(crate) fn part(&self, slot: usize, size: usize, to: &mut Vec<f32>) -> Result<(), Error> {
+        match self {
+            Floats::Cpu(x) => to.extend_from_slice(&x[slot * size..(slot + 1) * size]),
+            #[cfg(feature = "device")]
+            Floats::Cuda(x) => to.extend_from_slice(&x.download_at(slot * size, size)?),
+        }
+        Ok(())
+    }
+
+    /// Overwrites those of a slot.
+    pub(crate) fn put(&mut self, slot: usize, values: &[f32]) -> Result<(), Error> {
+        let at = slot * values.len();
+        match self {
+            Floats::Cpu(x) => x[at..at + values.len()].copy_from_slice(values),
+            #[cfg(feature = "device")]
+            Floats::Cuda(x) => x.write_at(at, values)?,
+        }
+        Ok(())
+    }
+
+    /// Zeros for a slot of `size`.
+    pub(crate) fn clear(&mut self, slot: usize, size: usize) -> Result<(), Error> {
+        match self {
+            Floats::Cpu(x) => x[slot * size..(slot + 1) * size].fill(0.0),
+            #[cfg(feature = "device")]
+            Floats::Cuda(x) => x.write_at(slot * size, &vec![0.0; size])?,
+        }
+        Ok(())
+    }
+
+    /// Hands over those of a slot as little-endian bytes, part by part.
+    pub(crate) fn save(
+        &self,
+        slot: usize,
+        size: usize,
+        to: &mut dyn FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Floats::Cpu(x) => save_f32(&x[slot * size..(slot + 1) * size], to),
+            #[cfg(feature = "device")]
+            Floats::Cuda(x) => save_f32(&x.download_at(slot * size, size)?, to),
+        }
+    }
+
+    /// The reverse of [`Floats::save`].
+    pub(crate) fn load(
+        &mut self,
+        slot: usize,
+        size: usize,
+        from: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Floats::Cpu(x) => load_f32(&mut x[slot * size..(slot + 1) * size], from),
+            #[cfg(feature = "device")]
+            Floats::Cuda(x) => {
+                let mut values = vec![0.0; size];
+                load_f32(&mut values, from)?;
+                Ok(x.write_at(slot * size, &values)?)
+            }
+        }
+    }
 }
 
 /// Values converted at a time.

@@ -1,13 +1,20 @@
 //! The forward pass: tokens in, logits out, for any cut of a batch into ubatches.
 
 use crate::attention_layer;
+use crate::cache::{Cache, Floats};
 use crate::config::Config;
 use crate::delta_layer;
+#[cfg(feature = "device")]
+use crate::device_layers;
 use crate::error::Error;
 use crate::moe_layer;
-use crate::state::{LayerState, State};
+#[cfg(feature = "device")]
+use crate::offload::{DeviceMixer, Offloaded, Placement};
+use crate::state::{CacheTypes, LayerState, State};
 use crate::ubatch::{norm_rows, project_rows, Buffers, Packed};
 use crate::weights::{Mixer, Weights};
+#[cfg(feature = "device")]
+use qwen3next_kernels::device::Device;
 use qwen3next_kernels::quant::dequantize;
 use qwen3next_kernels::{gated_delta, Exec, Operator, Variant, ViewMut, Weight};
 use std::sync::OnceLock;
@@ -114,12 +121,56 @@ pub struct Model {
     fingerprint: OnceLock<u64>,
     /// The fused delta rule, where not the variant that dispatch picks.
     delta: Exec<gated_delta::Op>,
+    /// Layers on a device.
+    #[cfg(feature = "device")]
+    offloaded: Option<Offloaded>,
 }
 
 impl Model {
     /// A model of loaded weights.
     pub fn new(config: Config, weights: Weights) -> Model {
-        Model { config, weights, fingerprint: OnceLock::new(), delta: Exec::default() }
+        Model {
+            config,
+            weights,
+            fingerprint: OnceLock::new(),
+            delta: Exec::default(),
+            #[cfg(feature = "device")]
+            offloaded: None,
+        }
+    }
+
+    /// Copies layers to a device, where they are computed from now on, as they are: before a [`Model::repack`]. `progress`
+    /// gets bytes done and in all. Errors: not enough memory there, naming the part.
+    #[cfg(feature = "device")]
+    pub fn offload(
+        &mut self,
+        device: &Device,
+        placement: Placement,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), Error> {
+        self.offloaded = None;
+        self.offloaded = Some(Offloaded::upload(&self.config, &self.weights, device, placement, progress)?);
+        Ok(())
+    }
+
+    /// Empty memory for `slots` sequences of up to `capacity` tokens, where the layers lie.
+    pub fn state(&self, slots: usize, capacity: usize, cache: CacheTypes) -> Result<State, Error> {
+        #[allow(unused_mut)]
+        let mut state = State::with_cache(&self.config, slots, capacity, cache)?;
+        #[cfg(feature = "device")]
+        if let Some(o) = &self.offloaded {
+            state.offload(&o.device, o.first, cache)?;
+        }
+        Ok(state)
+    }
+
+    /// The first layer that lies on a device.
+    fn first_on_device(&self) -> usize {
+        #[cfg(feature = "device")]
+        if let Some(o) = &self.offloaded {
+            return o.first;
+        }
+        usize::MAX
     }
 
     /// Runs this variant wherever the delta rule is fused, in the place of the one that dispatch picks.
@@ -127,10 +178,15 @@ impl Model {
         self.delta = Exec::variant(variant);
     }
 
-    /// [`Weights::repack`].
+    /// [`Weights::repack`] of what the CPU computes with.
     pub fn repack(&mut self, progress: &mut dyn FnMut(u64, u64)) {
         // Of the bytes as the file has them: the answers are the same.
         self.fingerprint();
+        #[cfg(feature = "device")]
+        if let Some(o) = &self.offloaded {
+            let on_cpu = |i: usize, ffn: bool| o.layer(i).is_none_or(|layer| ffn && layer.ffn.is_none());
+            return self.weights.repack_those(on_cpu, o.output.is_none(), progress);
+        }
         self.weights.repack(progress);
     }
 
@@ -171,7 +227,7 @@ impl Model {
         mut each: impl FnMut(&[f32]) -> Result<(), E>,
     ) -> Result<(), E> {
         self.check(state, batch, options)?;
-        batch.spans.iter().for_each(|span| state.begin(span.slot));
+        batch.spans.iter().try_for_each(|span| state.begin(span.slot))?;
         for pieces in cut(batch, options.ubatch, state.depth()) {
             let logits = match self.ubatch(state, &pieces, options) {
                 Ok(logits) => logits,
@@ -191,7 +247,11 @@ impl Model {
         if options.ubatch == 0 {
             return Err(Error::argument("ubatch", "is 0, expected at least 1"));
         }
-        state.expect_model(&self.config)?;
+        state.expect_model(&self.config, self.first_on_device())?;
+        if self.first_on_device() < self.config.layers.len() && options.fused_delta != FusedDelta::Always {
+            let why = "is not 2: the unfused graph runs on the CPU, and layers of the model lie on a device";
+            return Err(Error::argument("fused_delta", why));
+        }
         for (i, span) in batch.spans.iter().enumerate() {
             state.expect_room(span.slot, span.tokens.len())?;
             if span.tokens.is_empty() {
@@ -215,13 +275,14 @@ impl Model {
         self.embed(pieces, &mut x)?;
         let mut normed = buffers.take(n * width);
         let mut steps: Vec<Vec<f32>> = vec![Vec::new(); if packed.steps { n } else { 0 }];
-        for (layer, memory) in self.weights.layers.iter().zip(&mut state.layers) {
+        let on_cpu = self.weights.layers.len().min(self.first_on_device());
+        for (layer, memory) in self.weights.layers.iter().zip(&mut state.layers).take(on_cpu) {
             norm_rows(&mut normed, &x, width, &layer.attn_norm, self.config.norm_eps)?;
             match (&layer.mixer, memory) {
-                (Mixer::Delta(w), LayerState::Delta { conv, delta }) => {
+                (Mixer::Delta(w), LayerState::Delta { conv: Floats::Cpu(conv), delta: Floats::Cpu(delta) }) => {
                     delta_layer::add(&self.config, w, conv, delta, &packed, &normed, &mut buffers, &mut x, &mut steps)?;
                 }
-                (Mixer::Attention(w), LayerState::Attention { k, v }) => {
+                (Mixer::Attention(w), LayerState::Attention { k: Cache::Cpu(k), v: Cache::Cpu(v) }) => {
                     attention_layer::add(&self.config, w, k, v, &packed, &normed, &mut buffers, &mut x)?;
                 }
                 _ => return Err(Error::argument("state", "is of a model with other layer kinds")),
@@ -229,16 +290,101 @@ impl Model {
             norm_rows(&mut normed, &x, width, &layer.post_attention_norm, self.config.norm_eps)?;
             moe_layer::add(&self.config, &layer.ffn, packed.quantize, &normed, &mut buffers, &mut x)?;
         }
+        #[cfg(feature = "device")]
+        let logits = match &self.offloaded {
+            Some(o) => self.on_device(o, state, pieces, &packed, &mut buffers, &mut x, &mut steps)?,
+            None => None,
+        };
+        #[cfg(not(feature = "device"))]
+        let logits = None;
         for (b, piece) in pieces.iter().enumerate() {
             let (begin, end) = (packed.cu_seqlens[b] as usize, packed.cu_seqlens[b + 1] as usize);
             let own =
                 if packed.steps { steps[begin..end].iter_mut().map(std::mem::take).collect() } else { Vec::new() };
             state.advance(piece.slot, piece.tokens.len(), own);
         }
-        let logits = self.logits(pieces, &x, packed.quantize, &mut buffers)?;
+        let logits = match logits {
+            Some(logits) => logits,
+            None => self.logits(pieces, &x, packed.quantize, &mut buffers)?,
+        };
         buffers.give(x);
         buffers.give(normed);
         state.buffers = buffers;
+        Ok(logits)
+    }
+
+    /// The layers on the device: x goes there, and comes back unless the output matrix is there too, which makes the
+    /// logits.
+    #[cfg(feature = "device")]
+    #[allow(clippy::too_many_arguments)]
+    fn on_device(
+        &self,
+        o: &Offloaded,
+        state: &mut State,
+        pieces: &[Piece],
+        packed: &Packed,
+        buffers: &mut Buffers,
+        x: &mut [f32],
+        steps: &mut [Vec<f32>],
+    ) -> Result<Option<Vec<f32>>, Error> {
+        let (t, width, eps) = (packed.tokens, self.config.hidden, self.config.norm_eps);
+        let Some(work) = &mut state.work else {
+            return Err(Error::argument("state", "is not on the model's device: make it by Model::state"));
+        };
+        work.begin(packed)?;
+        let (mut there, mut normed) = (work.take(t * width)?, work.take(t * width)?);
+        there.write_at(0, x)?;
+        for (i, memory) in state.layers.iter_mut().enumerate().skip(o.first) {
+            let Some(layer) = o.layer(i) else { break };
+            device_layers::norm_rows(&mut normed, &there, t, &layer.attn_norm, eps, &work.stream)?;
+            match (&layer.mixer, memory) {
+                (DeviceMixer::Delta(w), LayerState::Delta { conv, delta }) => {
+                    let memory = (conv, delta);
+                    device_layers::delta(&self.config, w, memory, packed, &normed, work, &mut there, steps)?;
+                }
+                (DeviceMixer::Attention(w), LayerState::Attention { k, v }) => {
+                    device_layers::attention(&self.config, w, (k, v), packed, &normed, work, &mut there)?;
+                }
+                _ => return Err(Error::argument("state", "is of a model with other layer kinds")),
+            }
+            device_layers::norm_rows(&mut normed, &there, t, &layer.post_attention_norm, eps, &work.stream)?;
+            match &layer.ffn {
+                Some(ffn) => device_layers::ffn(&self.config, ffn, packed, &normed, work, &mut there)?,
+                None => {
+                    // The experts are the CPU's: their input goes there, their sum comes back.
+                    let input = normed.download_at(0, t * width)?;
+                    let mut sum = buffers.take(t * width);
+                    sum.fill(0.0);
+                    moe_layer::add(
+                        &self.config,
+                        &self.weights.layers[i].ffn,
+                        packed.quantize,
+                        &input,
+                        buffers,
+                        &mut sum,
+                    )?;
+                    normed.write_at(0, &sum)?;
+                    buffers.give(sum);
+                    device_layers::add_rows(&mut there, &normed, [t, width], &work.stream)?;
+                }
+            }
+        }
+        let logits = match &o.output {
+            None => {
+                x.copy_from_slice(&there.download_at(0, t * width)?);
+                None
+            }
+            Some(output) => {
+                let mut wanted = Vec::new();
+                for (b, piece) in pieces.iter().enumerate() {
+                    let first = packed.cu_seqlens[b];
+                    wanted.extend((piece.from..piece.tokens.len()).map(|i| first + i as i64));
+                }
+                Some(device_layers::logits(output, &there, t, &wanted, packed.quantize, eps, work)?)
+            }
+        };
+        work.give([there, normed]);
+        work.end(t)?;
         Ok(logits)
     }
 

@@ -24,6 +24,8 @@ mod cache;
 pub mod chat;
 pub mod config;
 mod delta_layer;
+#[cfg(feature = "device")]
+mod device_layers;
 pub mod embedded;
 pub mod error;
 pub mod file;
@@ -35,6 +37,8 @@ pub mod load;
 mod load_gguf;
 mod load_hf;
 mod moe_layer;
+#[cfg(feature = "device")]
+pub mod offload;
 pub mod perplexity;
 pub mod prompt_cache;
 pub mod quantize;

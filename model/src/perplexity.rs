@@ -109,7 +109,7 @@ pub fn windows_cached<E: From<Error>>(
     if tokens.len() < ctx {
         return Err(Error::argument("ctx", format!("is {ctx}, the text has only {} tokens", tokens.len())).into());
     }
-    let mut state = State::with_cache(model.config(), 1, ctx, cache)?;
+    let mut state = model.state(1, ctx, cache)?;
     let first = first(ctx, scored);
     for (index, window) in tokens.chunks_exact(ctx).enumerate() {
         let logits = window_logits(model, &mut state, window, first, batch, options)?;

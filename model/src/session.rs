@@ -60,7 +60,7 @@ pub struct Limits {
 impl<'m> Session<'m> {
     /// An empty sequence of up to `capacity` tokens.
     pub fn new(model: &'m Model, capacity: usize, cache: CacheTypes) -> Result<Session<'m>, Error> {
-        let state = State::with_cache(model.config(), 1, capacity, cache)?;
+        let state = model.state(1, capacity, cache)?;
         Ok(Session { model, state, tokens: Vec::new(), logits: Vec::new(), cache })
     }
 

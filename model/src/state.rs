@@ -2,14 +2,14 @@
 //! states of the DeltaNet layers, for a fixed number of sequence slots.
 
 pub use crate::cache::CacheTypes;
-use crate::cache::{load_f32, save_f32, Rows};
+use crate::cache::{Cache, Floats, Rows};
 use crate::config::{Config, LayerKind};
 use crate::error::Error;
 use crate::ubatch::Buffers;
 use std::collections::VecDeque;
 
 /// Memory of `slots` sequences of up to `capacity` tokens. All layouts are the kernels': innermost axis last.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct State {
     /// A cache or a recurrent state for every layer of the model.
     pub(crate) layers: Vec<LayerState>,
@@ -25,15 +25,20 @@ pub struct State {
     sizes: Sizes,
     /// Working memory of forward passes, no part of what is remembered.
     pub(crate) buffers: Buffers,
+    /// The same for layers on a device.
+    #[cfg(feature = "device")]
+    pub(crate) work: Option<crate::device_layers::Work>,
+    /// The layers from this one on lie there.
+    first_on_device: usize,
 }
 
 /// The state of one layer.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) enum LayerState {
     /// `[slots][W-1 window of every channel]` and `[slots][HV][V][K]`.
-    Delta { conv: Vec<f32>, delta: Vec<f32> },
+    Delta { conv: Floats, delta: Floats },
     /// `[slots][capacity][HKV][D]` each.
-    Attention { k: Rows, v: Rows },
+    Attention { k: Cache, v: Cache },
 }
 
 /// Elements of one slot.
@@ -136,10 +141,14 @@ impl State {
             .iter()
             .map(|kind| {
                 Ok(match kind {
-                    LayerKind::Delta => LayerState::Delta { conv: floats(sizes.conv)?, delta: floats(sizes.delta)? },
+                    LayerKind::Delta => LayerState::Delta {
+                        conv: Floats::Cpu(floats(sizes.conv)?),
+                        delta: Floats::Cpu(floats(sizes.delta)?),
+                    },
                     LayerKind::Attention => {
                         let n = room(sizes.kv.checked_mul(capacity))?;
-                        LayerState::Attention { k: Rows::zeros(cache.k, n)?, v: Rows::zeros(cache.v, n)? }
+                        let (k, v) = (Rows::zeros(cache.k, n)?, Rows::zeros(cache.v, n)?);
+                        LayerState::Attention { k: Cache::Cpu(k), v: Cache::Cpu(v) }
                     }
                 })
             })
@@ -153,7 +162,40 @@ impl State {
             spoilt: vec![false; slots],
             sizes,
             buffers: Buffers::default(),
+            #[cfg(feature = "device")]
+            work: None,
+            first_on_device: usize::MAX,
         })
+    }
+
+    /// Moves the memory of the layers from `first` on to a device. No sequence has been read yet.
+    #[cfg(feature = "device")]
+    pub(crate) fn offload(
+        &mut self,
+        device: &qwen3next_kernels::device::Device,
+        first: usize,
+        cache: CacheTypes,
+    ) -> Result<(), Error> {
+        use crate::cache::DeviceRows;
+        let (slots, sizes) = (self.slots(), self.sizes);
+        for layer in self.layers.iter_mut().skip(first) {
+            *layer = match layer {
+                LayerState::Delta { .. } => LayerState::Delta {
+                    conv: Floats::Cuda(device.zeros(slots * sizes.conv)?),
+                    delta: Floats::Cuda(device.zeros(slots * sizes.delta)?),
+                },
+                LayerState::Attention { .. } => {
+                    let n = slots * self.capacity * sizes.kv;
+                    LayerState::Attention {
+                        k: Cache::Cuda(DeviceRows::zeros(device, cache.k, n)?),
+                        v: Cache::Cuda(DeviceRows::zeros(device, cache.v, n)?),
+                    }
+                }
+            };
+        }
+        self.work = Some(crate::device_layers::Work::new(device)?);
+        self.first_on_device = first;
+        Ok(())
     }
 
     /// Lets every slot be rolled back by up to `depth` tokens that are read from now on (0, the default: not at all).
@@ -196,8 +238,8 @@ impl State {
         self.history[slot].clear();
         for layer in &mut self.layers {
             if let LayerState::Delta { conv, delta } = layer {
-                part_mut(conv, slot, self.sizes.conv).fill(0.0);
-                part_mut(delta, slot, self.sizes.delta).fill(0.0);
+                conv.clear(slot, self.sizes.conv)?;
+                delta.clear(slot, self.sizes.delta)?;
             }
         }
         Ok(())
@@ -211,15 +253,18 @@ impl State {
             .iter()
             .map(|layer| match layer {
                 LayerState::Delta { conv, delta } => {
-                    Kept::Delta([part(conv, slot, self.sizes.conv), part(delta, slot, self.sizes.delta)].concat())
+                    let mut values = Vec::with_capacity(self.sizes.conv + self.sizes.delta);
+                    conv.part(slot, self.sizes.conv, &mut values)?;
+                    delta.part(slot, self.sizes.delta, &mut values)?;
+                    Ok(Kept::Delta(values))
                 }
                 LayerState::Attention { k, v } => {
                     let from = slot * self.capacity * self.sizes.kv;
                     let used = from..from + length * self.sizes.kv;
-                    Kept::Attention { k: k.part(used.clone()), v: v.part(used) }
+                    Ok(Kept::Attention { k: k.part(used.clone())?, v: v.part(used)? })
                 }
             })
-            .collect();
+            .collect::<Result<_, Error>>()?;
         Ok(Snapshot { length, layers })
     }
 
@@ -252,13 +297,13 @@ impl State {
         for (layer, kept) in self.layers.iter_mut().zip(&snapshot.layers) {
             match (layer, kept) {
                 (LayerState::Delta { conv, delta }, Kept::Delta(values)) => {
-                    part_mut(conv, slot, self.sizes.conv).copy_from_slice(&values[..self.sizes.conv]);
-                    part_mut(delta, slot, self.sizes.delta).copy_from_slice(&values[self.sizes.conv..]);
+                    conv.put(slot, &values[..self.sizes.conv])?;
+                    delta.put(slot, &values[self.sizes.conv..])?;
                 }
                 (LayerState::Attention { k, v }, Kept::Attention { k: kept_k, v: kept_v }) => {
                     let from = slot * self.capacity * self.sizes.kv;
-                    k.put(from, kept_k);
-                    v.put(from, kept_v);
+                    k.put(from, kept_k)?;
+                    v.put(from, kept_v)?;
                 }
                 _ => unreachable!("kinds were compared"),
             }
@@ -288,8 +333,8 @@ impl State {
         for layer in &self.layers {
             match layer {
                 LayerState::Delta { conv, delta } => {
-                    save_f32(part(conv, slot, self.sizes.conv), to)?;
-                    save_f32(part(delta, slot, self.sizes.delta), to)?;
+                    conv.save(slot, self.sizes.conv, to)?;
+                    delta.save(slot, self.sizes.delta, to)?;
                 }
                 LayerState::Attention { k, v } => {
                     let from = slot * self.capacity * self.sizes.kv;
@@ -315,8 +360,8 @@ impl State {
         for layer in &mut self.layers {
             match layer {
                 LayerState::Delta { conv, delta } => {
-                    load_f32(part_mut(conv, slot, self.sizes.conv), from)?;
-                    load_f32(part_mut(delta, slot, self.sizes.delta), from)?;
+                    conv.load(slot, self.sizes.conv, from)?;
+                    delta.load(slot, self.sizes.delta, from)?;
                 }
                 LayerState::Attention { k, v } => {
                     let first = slot * self.capacity * self.sizes.kv;
@@ -348,8 +393,8 @@ impl State {
         for layer in &mut self.layers {
             if let LayerState::Delta { conv, delta } = layer {
                 let (c, d) = (self.sizes.conv, self.sizes.delta);
-                part_mut(conv, slot, c).copy_from_slice(&checkpoint.values[from..from + c]);
-                part_mut(delta, slot, d).copy_from_slice(&checkpoint.values[from + c..from + c + d]);
+                conv.put(slot, &checkpoint.values[from..from + c])?;
+                delta.put(slot, &checkpoint.values[from + c..from + c + d])?;
                 from += c + d;
             }
         }
@@ -369,20 +414,21 @@ impl State {
     }
 
     /// Before tokens are read into `slot`: remembers where it stands, if it must be able to go back there.
-    pub(crate) fn begin(&mut self, slot: usize) {
+    pub(crate) fn begin(&mut self, slot: usize) -> Result<(), Error> {
         let length = self.lengths[slot];
         if self.depth == 0 || self.history[slot].back().is_some_and(|c| c.length == length) {
-            return;
+            return Ok(());
         }
         let mut values = Vec::new();
         for layer in &self.layers {
             if let LayerState::Delta { conv, delta } = layer {
-                values.extend_from_slice(part(conv, slot, self.sizes.conv));
-                values.extend_from_slice(part(delta, slot, self.sizes.delta));
+                conv.part(slot, self.sizes.conv, &mut values)?;
+                delta.part(slot, self.sizes.delta, &mut values)?;
             }
         }
         self.history[slot].clear();
         self.history[slot].push_back(Checkpoint { length, values });
+        Ok(())
     }
 
     /// After `slot` has read `tokens` tokens. `steps` holds, for each of them, the recurrent values as in [`Checkpoint`];
@@ -404,11 +450,17 @@ impl State {
     }
 
     /// This is memory of a model of these sizes.
-    pub(crate) fn expect_model(&self, config: &Config) -> Result<(), Error> {
-        if self.sizes == Sizes::of(config) {
-            return Ok(());
+    pub(crate) fn expect_model(&self, config: &Config, first_on_device: usize) -> Result<(), Error> {
+        if self.sizes != Sizes::of(config) {
+            return Err(Error::argument("state", "is of a model of other sizes"));
         }
-        Err(Error::argument("state", "is of a model of other sizes"))
+        if self.first_on_device != first_on_device {
+            return Err(Error::argument(
+                "state",
+                "has its layers in other memory than the model: make it by Model::state",
+            ));
+        }
+        Ok(())
     }
 
     /// Length of a slot whose last batch was read to its end.
@@ -423,12 +475,4 @@ impl State {
     fn no_slot(&self, slot: usize) -> Error {
         Error::argument("slot", format!("is {slot}, the state has {}", self.slots()))
     }
-}
-
-fn part(values: &[f32], slot: usize, size: usize) -> &[f32] {
-    &values[slot * size..(slot + 1) * size]
-}
-
-fn part_mut(values: &mut [f32], slot: usize, size: usize) -> &mut [f32] {
-    &mut values[slot * size..(slot + 1) * size]
 }

@@ -334,14 +334,26 @@ impl Weights {
     /// how many bytes of how many are done. Only one tensor is held twice at a time. A table that is also the output of
     /// a tied model stays as it is.
     pub fn repack(&mut self, progress: &mut dyn FnMut(u64, u64)) {
+        self.repack_those(|_, _| true, true, progress);
+    }
+
+    /// As [`Weights::repack`], for the layers' parts that are `wanted`: mixers (false) and feed-forwards (true).
+    pub(crate) fn repack_those(
+        &mut self,
+        wanted: impl Fn(usize, bool) -> bool,
+        output: bool,
+        progress: &mut dyn FnMut(u64, u64),
+    ) {
         let tied = self.output.shares(&self.token_embd);
         let mut weights: Vec<&mut Tensor> = Vec::new();
-        for layer in &mut self.layers {
+        for (i, layer) in self.layers.iter_mut().enumerate() {
             match &mut layer.mixer {
+                _ if !wanted(i, false) => {}
                 Mixer::Delta(w) => weights.extend([&mut w.qkv, &mut w.z, &mut w.ba, &mut w.out]),
                 Mixer::Attention(w) => weights.extend([&mut w.q, &mut w.k, &mut w.v, &mut w.o]),
             }
             match &mut layer.ffn {
+                _ if !wanted(i, true) => {}
                 Ffn::Dense(w) => weights.extend([&mut w.gate, &mut w.up, &mut w.down]),
                 Ffn::Moe(w) => {
                     weights.extend([&mut w.router, &mut w.gate, &mut w.up, &mut w.down]);
@@ -351,7 +363,7 @@ impl Weights {
                 }
             }
         }
-        if !tied {
+        if !tied && output {
             weights.push(&mut self.output);
         }
         let total = weights.iter().map(|w| w.packed_bytes() as u64).sum();

@@ -121,7 +121,8 @@ __global__ void warp_exchange(int *out) {
   if (lane < 8) got += __shfl_xor_sync(0xffu, lane, 4); /* a part of a warp alone */
   const unsigned odd = __ballot_sync(0xffffffffu, lane % 2);
   const int bytes = __dp4a(0x01ff7f80, 0x02ff7f80, 3); /* 1, -1, 127, -128 by 2, -1, 127, -128 */
-  const bool right = odd == 0xaaaaaaaau && bytes == 3 + 2 + 1 + 127 * 127 + 128 * 128;
+  const bool matched = __match_any_sync(0xffffffffu, lane / 3) == (7u << lane / 3 * 3);
+  const bool right = matched && odd == 0xaaaaaaaau && bytes == 3 + 2 + 1 + 127 * 127 + 128 * 128;
   out[threadIdx.x] = got + (right && __any_sync(0xffffffffu, lane == 3) && !__all_sync(0xffffffffu, lane));
 }
 

@@ -267,3 +267,28 @@ fn what_is_not_there_or_makes_no_sense_is_one_line() {
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
+
+/// Where this build or machine has no GPU: one line, no failure.
+#[test]
+fn without_a_gpu_its_benches_say_so() {
+    let ask = "bench op norm --backend cuda -r 2 --tokens 2 --shape 1x64";
+    let text = stdout(ask);
+    let table = cells(&text);
+    assert!(text.starts_with("SKIPPED cuda: ") && text.lines().count() == 1 || table.len() >= 2, "{text}");
+    let rows = json(&format!("{ask} -o json"));
+    assert_eq!(rows.as_array().unwrap().is_empty(), table.is_empty());
+
+    for (line, why) in [
+        ("bench op norm --warm", "--warm: is for --backend cuda"),
+        ("bench op none --backend cuda", "expected one of"),
+        ("bench op norm --backend cuda --batch 2", "--batch: norm takes none"),
+        ("bench op gated_delta --backend cuda --batch 9999999", "--batch 9999999"),
+        ("bench op norm --backend cuda-host", "cuda-host"),
+        ("bench op norm --backend cuda --plugin a.so:b", "--plugin"),
+    ] {
+        let output = run(line);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), error.lines().count()), (Some(2), 1), "{line}: {error}");
+        assert!(error.contains(why), "{line}: {error}");
+    }
+}

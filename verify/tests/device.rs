@@ -374,6 +374,39 @@ fn experts_from_logits_to_sum() -> Result<(), Error> {
     Ok(())
 }
 
+/// Nobody waits for the router: what comes after a NaN must still find experts that there are.
+#[test]
+fn a_nan_among_router_logits_stays_with_its_token() -> Result<(), Error> {
+    let (t, e, top_k, d, f) = (4, 8, 3, 32, 32);
+    let mut logits = fill(t * e, 30);
+    logits[2 * e + 5] = f32::NAN;
+    let zeros = vec![0u8; 4 * e * f * d];
+    for device in devices() {
+        let (stream, logits, x) = (device.stream()?, device.upload(&logits)?, device.upload(&fill(t * d, 31))?);
+        let (weights, mut y) = (device.upload(&zeros)?, device.zeros(t * d)?);
+        let (mut routed, mut bad) = (moe::Routing::on(&device)?, device.upload(&[i64::MAX])?);
+        routed.queue_route(logits.view([t, e])?, top_k, true, bad.view_mut([1])?, &stream)?;
+        let mut h = moe::Hidden::on(&device)?;
+        let args = moe::Args {
+            y: y.view_mut([t, d])?,
+            x: x.view([t, d])?.into(),
+            gate: weights.weight(DType::F32, [e, f, d])?,
+            up: weights.weight(DType::F32, [e, f, d])?,
+            down: weights.weight(DType::F32, [e, d, f])?,
+            routing: &routed,
+            accumulate: false,
+            h: &mut h,
+        };
+        moe::queue(args, &stream)?;
+        assert_eq!(bad.download()?, [2]);
+        let y = y.download()?;
+        for (token, row) in y.chunks(d).enumerate() {
+            assert!(row.iter().all(|y| if token == 2 { y.is_nan() } else { *y == 0.0 }), "token {token}: {row:?}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn misuse_is_refused_by_name() -> Result<(), Error> {
     for device in devices() {
@@ -426,4 +459,75 @@ fn suites_run_on_a_device() {
         assert!(ran > 80, "{ran} cases");
         assert_eq!(without, ["quantize", "repack"], "operators without a kernel");
     }
+}
+
+/// The model's own checks with all layers on a device, and the golden logits with layers and experts on either side.
+#[test]
+fn models_run_on_a_device() {
+    use qwen3next_model::offload::Placement;
+    use qwen3next_model::{Batch, Model, Weights};
+    use qwen3next_verify::suite::{assert_passed, Options};
+    for device in devices() {
+        let device: &'static Device = Box::leak(Box::new(device));
+        let options = Options { device: Some(device), stride: 3, ..Options::default() };
+        let model = qwen3next_verify::cases::all().into_iter().find(|e| e.op == "model").unwrap();
+        assert_passed(&model.run(&options).unwrap());
+
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/golden/models/ratio3");
+        let open = || {
+            let loaded = Weights::load(folder.as_ref(), &mut |_| ()).unwrap();
+            Model::new(loaded.config, loaded.weights)
+        };
+        let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 50).collect();
+        let logits = |model: &Model| {
+            let mut state = model.state(1, 64, Default::default()).unwrap();
+            model.forward(&mut state, &Batch::one(0, &tokens).logits_from(0), &Default::default()).unwrap()
+        };
+        let expected = logits(&open());
+        for (layers, cpu_experts) in [(0, 0), (1, 0), (2, 3), (usize::MAX, 2), (usize::MAX, usize::MAX)] {
+            let mut model = open();
+            model.offload(device, Placement { layers, cpu_experts }, &mut |_, _| ()).unwrap();
+            assert_near(&logits(&model), &expected);
+        }
+    }
+}
+
+/// What benches of a device do: one copy of the arguments, as many launches as asked for, and the outputs come back.
+#[test]
+fn staged_launches_are_timed() -> Result<(), Error> {
+    use qwen3next_kernels::device::Times;
+    use qwen3next_kernels::Variant;
+    let (x, shape) = (fill(3 * 40, 1), [3, 1, 40]);
+    let run = |exec: &Exec<norm::Op>| -> Result<Vec<f32>, Error> {
+        let mut y = vec![f32::NAN; 3 * 40];
+        let args = norm::Args {
+            y: ViewMut::new(&mut y, shape)?,
+            x: Some(View::new(&x, shape)?),
+            kind: norm::Kind::L2,
+            eps: 1e-6,
+        };
+        norm::run(args, exec)?;
+        Ok(y)
+    };
+    let expected = run(&Exec::default())?;
+    for device in devices() {
+        let device: &'static Device = Box::leak(Box::new(device));
+        for cold in [true, false] {
+            let times: &'static Times = Box::leak(Box::new(Times::new(4, cold)));
+            for variant in Variant::staged_timed(device, times) {
+                assert_near(&run(&Exec::variant(variant))?, &expected);
+                let taken = times.take();
+                assert_eq!(taken.len(), 4, "{taken:?}");
+                assert!(taken.iter().all(|&ns| ns > 0.0 && ns < 1e9), "{taken:?}");
+                assert!(times.take().is_empty());
+            }
+        }
+        for variant in Variant::staged(device) {
+            assert_near(&run(&Exec::variant(variant))?, &expected);
+        }
+        let limits = device.limits()?;
+        assert!(limits.copy > 1e7 && limits.copy < 1e14, "{limits:?}");
+        assert!(!device.driver()?.is_empty());
+    }
+    Ok(())
 }

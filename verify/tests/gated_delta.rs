@@ -207,9 +207,9 @@ fn wrong_arguments_are_refused_by_name() {
     Call { slots: Some(vec![4, 1]), ..Call::default() }.refused("slot_in: value");
     Call { slots: Some(vec![-1, 1]), ..Call::default() }.refused("slot_in: value");
     Call { slots: Some(vec![1, 1]), ..Call::default() }.refused("slot_out: value");
-    Call { slots: Some(vec![1]), ..Call::default() }.refused("slot_in: has 1 entries, expected 2");
+    Call { slots: Some(vec![1]), ..Call::default() }.refused("slot_in: shape [1], expected [2]");
     Call { slots: None, pool: [1, 2, 3, 4], ..Call::default() }.refused("slot_in: value");
-    Call { cu_seqlens: Some(vec![0, 3]), ..Call::default() }.refused("cu_seqlens: needs shapes with one row");
+    Call { cu_seqlens: Some(vec![0, 3]), ..Call::default() }.refused("cu_seqlens: packs one row");
     Call { cu_seqlens: Some(vec![]), ..Call::default() }.refused("cu_seqlens: is empty");
     Call { eps: Some(-1.0), ..Call::default() }.refused("eps: value");
     Call { eps: Some(f32::NAN), ..Call::default() }.refused("eps: value");

@@ -1642,10 +1642,10 @@ pub struct Timed {
 }
 
 impl Timed {
-    /// Inputs of one sequence: `t` tokens, `hk` key and `hv` value heads of `d` channels.
-    pub fn new(t: usize, hk: usize, hv: usize, d: usize) -> Timed {
+    /// Inputs of `b` sequences: `t` tokens, `hk` key and `hv` value heads of `d` channels.
+    pub fn new(b: usize, t: usize, hk: usize, hv: usize, d: usize) -> Timed {
         let case = Case {
-            b: 1,
+            b,
             t,
             hk,
             hv,
@@ -1670,7 +1670,7 @@ impl Timed {
     pub fn verify(&self, variant: &Variant<gated_delta::Op>) -> Result<Metrics, Failure> {
         let group = self.case.hv / self.case.hk;
         let hk = self.case.hk.min(2);
-        let case = Case { t: self.case.t.min(130), hk, hv: hk * group, ..self.case.clone() };
+        let case = Case { b: self.case.b.min(2), t: self.case.t.min(130), hk, hv: hk * group, ..self.case.clone() };
         let inputs = Inputs::generate(&case, 1);
         let got = call(&Exec::variant(*variant), &case, &inputs)?;
         judge(&case, &inputs, Form::of(variant.name()), 0).compare(&case, &got)
@@ -1680,17 +1680,17 @@ impl Timed {
     pub fn run(&mut self, exec: &Exec<gated_delta::Op>) -> Result<(), Failure> {
         let (c, x) = (&self.case, &self.inputs);
         let args = gated_delta::Args {
-            o: ViewMut::new(&mut self.o, [1, c.t, c.hv, c.v])?,
+            o: ViewMut::new(&mut self.o, [c.b, c.t, c.hv, c.v])?,
             snapshots: None,
             state: gated_delta::State::InPlace {
-                pool: ViewMut::new(&mut self.pool, [1, c.hv, c.v, c.k])?,
+                pool: ViewMut::new(&mut self.pool, [c.b, c.hv, c.v, c.k])?,
                 slots: None,
             },
-            q: View::new(&x.q, [1, c.t, c.hk, c.k])?,
-            k: View::new(&x.k, [1, c.t, c.hk, c.k])?,
-            v: View::new(&x.v, [1, c.t, c.hv, c.v])?,
-            gate: gated_delta::Gate::Scalar(gated_delta::LogDecay::unchecked(View::new(&x.g, [1, c.t, c.hv])?)),
-            beta: View::new(&x.beta, [1, c.t, c.hv])?,
+            q: View::new(&x.q, [c.b, c.t, c.hk, c.k])?,
+            k: View::new(&x.k, [c.b, c.t, c.hk, c.k])?,
+            v: View::new(&x.v, [c.b, c.t, c.hv, c.v])?,
+            gate: gated_delta::Gate::Scalar(gated_delta::LogDecay::unchecked(View::new(&x.g, [c.b, c.t, c.hv])?)),
+            beta: View::new(&x.beta, [c.b, c.t, c.hv])?,
             cu_seqlens: None,
             head_map: gated_delta::HeadMap::Grouped,
             qk_l2norm: Some(gated_delta::L2_NORM_EPS),

@@ -47,9 +47,14 @@ pub fn checks() -> Vec<&'static str> {
     CHECKS.iter().map(|(name, _)| *name).collect()
 }
 
-/// Where the golden models lie in the source tree.
+/// Where the golden models lie in the source tree: the one of the build, or the one that a copied command is run in.
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/models")
+    let built_in = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/models");
+    let here = Path::new("verify/golden/models");
+    if !built_in.is_dir() && here.is_dir() {
+        return here.into();
+    }
+    built_in
 }
 
 /// Runs the chosen checks on the chosen golden models. `Err` is a bad option, named.
@@ -80,7 +85,12 @@ pub fn run_with(options: &Options, change: &Change) -> Result<Vec<Row>, String> 
             continue;
         }
         for (name, check) in CHECKS.iter().filter(|(name, _)| options.check.as_deref().is_none_or(|c| c == *name)) {
-            let subject = Subject { folder: folder().join(model), change };
+            let subject = Subject {
+                folder: folder().join(model),
+                change,
+                #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+                device: options.device,
+            };
             let mut row = Row::new(NAME, model, Isa::SCALAR, name);
             if !subject.folder.is_dir() {
                 row.verdict = Verdict::Skipped(format!("no golden model at {}", subject.folder.display()));
@@ -104,6 +114,9 @@ pub fn run_with(options: &Options, change: &Change) -> Result<Vec<Row>, String> 
 struct Subject<'a> {
     folder: PathBuf,
     change: &'a Change,
+    /// Where all of it runs, if not on the CPU.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    device: Option<&'static qwen3next_kernels::device::Device>,
 }
 
 /// Tokens and transformers' logits of all of them.
@@ -120,7 +133,23 @@ impl Subject<'_> {
     fn open(&self, path: &Path) -> Result<Model, Failure> {
         let mut loaded = Weights::load(path, &mut |_| ()).map_err(failed(path.display()))?;
         (self.change.load)(&mut loaded.config, &mut loaded.weights);
-        Ok(Model::new(loaded.config, loaded.weights))
+        #[allow(unused_mut)]
+        let mut model = Model::new(loaded.config, loaded.weights);
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        if let Some(device) = self.device {
+            let all = qwen3next_model::offload::Placement::ALL;
+            model.offload(device, all, &mut |_, _| ()).map_err(failed("offload"))?;
+        }
+        Ok(model)
+    }
+
+    /// Modes of the delta rule: the unfused ones are the CPU's.
+    fn modes(&self) -> std::ops::Range<u32> {
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        if self.device.is_some() {
+            return 2..3;
+        }
+        0..3
     }
 
     fn model(&self) -> Result<Model, Failure> {
@@ -191,7 +220,7 @@ fn logits(model: &Model, state: &mut State, batch: &Batch, options: &forward::Op
 }
 
 fn state(model: &Model, slots: usize, capacity: usize) -> Result<State, Failure> {
-    State::new(model.config(), slots, capacity).map_err(failed("state"))
+    model.state(slots, capacity, Default::default()).map_err(failed("state"))
 }
 
 fn all_logits(model: &Model, tokens: &[u32], options: &forward::Options) -> Result<Vec<f32>, Failure> {
@@ -218,7 +247,7 @@ fn ubatches(subject: &Subject) -> Outcome {
     let tokens = &golden[0].tokens;
     let whole = all_logits(&model, tokens, &forward::Options::default())?;
     let mut worst = Metrics::default();
-    for mode in 0..3 {
+    for mode in subject.modes() {
         let fused_delta = FusedDelta::from_number(mode).expect("three modes");
         for ubatch in [1, 2, 3, 7, 63, 64, 65, 127, 512] {
             let got =

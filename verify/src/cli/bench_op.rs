@@ -16,12 +16,20 @@ use qwen3next_verify::timing::{interleaved, Time};
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Duration;
 
 #[derive(clap::Args)]
 pub struct Args {
     /// Operator, as `verify --op` names it.
     op: String,
+    /// Where variants run: the CPU's on the CPU, or the CUDA kernels on a GPU (feature cuda), timed by events on arguments
+    /// that lie there.
+    #[arg(long, default_value = "cpu", value_enum)]
+    backend: Backend,
+    /// With --backend cuda: leave the L2 cache as the launch before left it, instead of flushing it before each.
+    #[arg(long)]
+    warm: bool,
     /// Only these variants, separated by commas; the first one is the base of the ratios.
     #[arg(long, value_delimiter = ',')]
     variant: Vec<String>,
@@ -34,6 +42,9 @@ pub struct Args {
     /// gated_delta: key and value heads, 16/32; attention: query and KV heads, 16/2.
     #[arg(long, value_name = "HK/HV")]
     heads: Option<String>,
+    /// gated_delta: sequences of a call, of --tokens each.
+    #[arg(long, default_value_t = 1, value_parser = super::model::at_least_one)]
+    batch: usize,
     /// Channels of a head: gated_delta 128, attention 256.
     #[arg(long)]
     dim: Option<usize>,
@@ -48,9 +59,10 @@ pub struct Args {
     /// Threads.
     #[arg(short, long, default_value_t = 1, value_parser = super::model::threads)]
     threads: usize,
-    /// Samples of every variant and length, interleaved; of slow ones fewer.
-    #[arg(short, long, default_value_t = 7, value_parser = super::model::at_least_one)]
-    repetitions: usize,
+    /// Samples of every variant and length, interleaved; of slow ones fewer. By default 7; on a GPU, where one is a launch,
+    /// 100.
+    #[arg(short, long, value_parser = super::model::at_least_one)]
+    repetitions: Option<usize>,
     /// Also draw tokens per second over tokens.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -64,6 +76,16 @@ pub struct Args {
     /// Run in this process and report into this file.
     #[arg(long, value_name = "FILE", hide = true)]
     child: Option<PathBuf>,
+    /// The device of --backend cuda, once it is open.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    #[arg(skip)]
+    device: Option<&'static qwen3next_kernels::device::Device>,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Backend {
+    Cpu,
+    Cuda,
 }
 
 /// One line of the table.
@@ -81,6 +103,19 @@ pub struct Line {
     gbs: f64,
     roof: Roof,
     metrics: Metrics,
+    /// `None`: the CPU.
+    device: Option<Rc<OnDevice>>,
+}
+
+/// What lines measured on a device have in common.
+struct OnDevice {
+    name: String,
+    driver: String,
+    /// GB/s of a copy within it.
+    copy: f64,
+    /// Seconds between two events with nothing in between.
+    empty: f64,
+    warm: bool,
 }
 
 /// A call to time.
@@ -91,7 +126,19 @@ struct Point<T> {
     make: Box<dyn Fn() -> anyhow::Result<T>>,
 }
 
-pub fn run(args: Args) -> anyhow::Result<Done> {
+pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
+    ensure!(args.backend == Backend::Cuda || !args.warm, "--warm: is for --backend cuda");
+    if args.backend == Backend::Cuda {
+        ensure!(args.plugin.is_empty(), "--plugin: runs on the CPU, not with --backend cuda");
+        args.lines(true)?;
+        #[cfg(feature = "cuda")]
+        let missing = super::verify::gpu().map(|gpu| args.device = Some(gpu)).err();
+        #[cfg(not(feature = "cuda"))]
+        let missing = Some("built without the feature cuda");
+        if let Some(why) = missing {
+            return skipped(&args.output, &why);
+        }
+    }
     if !args.plugin.is_empty() {
         for plugin in &args.plugin {
             plugin.kind().map_err(anyhow::Error::msg)?;
@@ -141,13 +188,21 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             let rows: Vec<_> = lines
                 .iter()
                 .map(|l| {
-                    json!({
+                    let mut row = json!({
                         "op": l.op, "variant": l.variant, "dtype": l.dtype, "shape": l.shape, "tokens": l.tokens,
                         "threads": l.threads, "median_s": l.time.median, "min_s": l.time.min,
                         "samples": l.time.samples, "ratio": l.ratio, "gflops": l.gflops, "gbs": l.gbs,
                         "peak_fraction": l.roof.fraction, "peak": l.roof.name,
                         "row_l2": l.metrics.row_l2, "bound_multiple": l.metrics.bound_multiple,
-                    })
+                    });
+                    if let Some(on) = &l.device {
+                        row["device"] = json!(on.name);
+                        row["driver"] = json!(on.driver);
+                        row["copy_gbs"] = json!(on.copy);
+                        row["empty_s"] = json!(on.empty);
+                        row["warm"] = json!(on.warm);
+                    }
+                    row
                 })
                 .collect();
             writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
@@ -159,15 +214,30 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     Ok(Done::Ok)
 }
 
+/// One line where there is no GPU; a document that is read by programs is empty.
+fn skipped(output: &str, why: &impl std::fmt::Display) -> anyhow::Result<Done> {
+    match output {
+        "md" => writeln!(std::io::stdout(), "SKIPPED cuda: {why}")?,
+        other => {
+            eprintln!("SKIPPED cuda: {why}");
+            if other == "json" {
+                writeln!(std::io::stdout(), "[]")?;
+            }
+        }
+    }
+    Ok(Done::Ok)
+}
+
 /// The delta rule's variants on one thread, in the 80B-A3B model's heads.
 pub fn delta_rule(tokens: &[usize], samples: usize) -> anyhow::Result<Vec<Line>> {
-    let points = tokens.iter().map(|&t| delta_point(t, 16, 32, 128)).collect();
+    let points = tokens.iter().map(|&t| delta_point(1, t, 16, 32, 128)).collect();
     measure(points, &chosen::<qwen3next_kernels::gated_delta::Op>(&[])?, 1, samples)
 }
 
-fn delta_point(t: usize, hk: usize, hv: usize, d: usize) -> Point<gated_delta::GatedDelta> {
-    let make = Box::new(move || Ok(gated_delta::GatedDelta::new(t, hk, hv, d)));
-    Point { tokens: t, shape: format!("{hk}/{hv}x{d}"), dtype: "f32".into(), make }
+fn delta_point(b: usize, t: usize, hk: usize, hv: usize, d: usize) -> Point<gated_delta::GatedDelta> {
+    let make = Box::new(move || Ok(gated_delta::GatedDelta::batch(b, t, hk, hv, d)));
+    let batch = if b == 1 { String::new() } else { format!("{b} of ") };
+    Point { tokens: t, shape: format!("{batch}{hk}/{hv}x{d}"), dtype: "f32".into(), make }
 }
 
 /// The numbers of a shape `AxB`, `A/B:CxD` ..., whose separators are those of `form`.
@@ -189,6 +259,9 @@ impl Args {
         if let Some(t) = self.tokens.iter().find(|t| !(1..=1 << 16).contains(*t)) {
             bail!("--tokens {t}: expected 1 to 65536");
         }
+        if self.op != "gated_delta" {
+            self.takes_no(&[("--batch", self.batch != 1)])?;
+        }
         match self.op.as_str() {
             "gated_delta" => {
                 self.takes_no(&[("--shape", !self.shape.is_empty())])?;
@@ -197,7 +270,11 @@ impl Args {
                 ensure!(hv % hk == 0 && hv <= 1024, "--heads {hk}/{hv}: expected HV a multiple of HK, up to 1024");
                 let d = self.dim(128, 1024)?;
                 let tokens = self.tokens(&[1, 16, 64, 256, 512]);
-                self.measure(only_check, tokens.into_iter().map(|t| delta_point(t, hk, hv, d)).collect())
+                let b = self.batch;
+                let fits =
+                    b.checked_mul(hv * d * d).is_some_and(|n| n <= 1 << 30) && tokens.iter().all(|t| b * t <= 1 << 19);
+                ensure!(fits, "--batch {b}: expected up to 524288 tokens in all, and states of up to 2^30 elements");
+                self.measure(only_check, tokens.into_iter().map(|t| delta_point(b, t, hk, hv, d)).collect())
             }
             "solve_tri" => {
                 self.no_heads()?;
@@ -486,12 +563,19 @@ impl Args {
     }
 
     fn measure<T: Timed + Send>(&self, only_check: bool, points: Vec<Point<T>>) -> anyhow::Result<Vec<Line>> {
+        if self.backend == Backend::Cuda && only_check {
+            return Ok(Vec::new());
+        }
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        if let Some(device) = self.device {
+            return measure_on(device, points, &self.variant, self.repetitions.unwrap_or(100), self.warm);
+        }
         let mut variants = chosen::<T::Op>(&self.variant)?;
         if only_check {
             return Ok(Vec::new());
         }
         variants.extend(load(&self.plugin)?);
-        measure(points, &variants, self.threads, self.repetitions)
+        measure(points, &variants, self.threads, self.repetitions.unwrap_or(7))
     }
 }
 
@@ -587,6 +671,73 @@ fn measure<T: Timed + Send>(
                 gbs: work.bytes / time.median / 1e9,
                 roof: peaks.roof(timed.unit(v), work.ops, work.bytes, time.median, threads),
                 metrics,
+                device: None,
+            });
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(lines)
+}
+
+/// Verifies the kernels of that device at every point, of these names or all, and times their launches.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+fn measure_on<T: Timed>(
+    device: &'static qwen3next_kernels::device::Device,
+    points: Vec<Point<T>>,
+    names: &[String],
+    samples: usize,
+    warm: bool,
+) -> anyhow::Result<Vec<Line>> {
+    let op = T::Op::NAME;
+    let times: &'static _ = Box::leak(Box::new(qwen3next_kernels::device::Times::new(samples, !warm)));
+    let kernels: Vec<_> =
+        Variant::<T::Op>::staged(device).into_iter().zip(Variant::staged_timed(device, times)).collect();
+    ensure!(!kernels.is_empty(), "bench op {op}: has no CUDA kernel");
+    let known = || kernels.iter().map(|(v, _)| v.name()).collect::<Vec<_>>().join(", ");
+    let named = |name: &String| {
+        let found = kernels.iter().find(|(v, _)| v.name() == name);
+        found.copied().with_context(|| format!("--variant {name}: expected one of {}", known()))
+    };
+    let chosen = if names.is_empty() { kernels.clone() } else { names.iter().map(named).collect::<Result<_, _>>()? };
+    let limits = device.limits()?;
+    let on = Rc::new(OnDevice {
+        name: device.name()?,
+        driver: device.driver()?,
+        copy: limits.copy / 1e9,
+        empty: limits.empty / 1e9,
+        warm,
+    });
+    let bar = super::progress(points.len() as u64, "bench {wide_bar} {pos}/{len} {msg}");
+    let mut lines: Vec<Line> = Vec::new();
+    for Point { tokens, shape, dtype, make } in points {
+        bar.set_message(format!("{op} {shape} {dtype}, {tokens} tokens"));
+        let (mut timed, first) = (make()?, lines.len());
+        let work = timed.work();
+        for (judged, launched) in &chosen {
+            let wrong = |e: Failure| super::Wrong(format!("{} is wrong, so it is not timed: {e}", judged.name()));
+            let metrics = timed.verify(judged).map_err(wrong)?;
+            timed.run(&Exec::variant(*launched)).map_err(failed)?;
+            let mut seconds: Vec<f64> = times.take().into_iter().map(|ns| ns / 1e9).collect();
+            seconds.sort_by(f64::total_cmp);
+            let (Some(&min), Some(&median)) = (seconds.first(), seconds.get(seconds.len() / 2)) else {
+                bail!("{}: was not launched for {tokens} tokens of {shape}", judged.name());
+            };
+            let gbs = work.bytes / median / 1e9;
+            lines.push(Line {
+                op,
+                variant: judged.name(),
+                dtype: dtype.clone(),
+                shape: shape.clone(),
+                tokens,
+                threads: 0,
+                time: Time { median, min, samples: seconds.len() },
+                ratio: lines.get(first).map_or(median, |l| l.time.median) / median,
+                gflops: work.ops / median / 1e9,
+                gbs,
+                roof: Roof { name: "copy", fraction: gbs / on.copy },
+                metrics,
+                device: Some(on.clone()),
             });
         }
         bar.inc(1);
@@ -627,6 +778,19 @@ pub fn table(lines: &[Line], out: &mut impl Write) -> anyhow::Result<()> {
             l.metrics.row_l2
         )?;
     }
+    if let Some((on, first)) = lines.first().and_then(|l| Some((l.device.as_ref()?, l.variant))) {
+        writeln!(
+            out,
+            "{}, {}; times of launches between events, {}; between two events alone: {:.1} µs\n\
+             speed: against {first}, medians; of peak: of the {:.0} GB/s that a copy within the device reached in the same run",
+            on.name,
+            on.driver,
+            if on.warm { "one after the other" } else { "the L2 cache flushed before each" },
+            on.empty * 1e6,
+            on.copy,
+        )?;
+        return Ok(());
+    }
     writeln!(
         out,
         "speed: against {}, medians of one interleaved run; of peak: of what this machine reached in the same run, in the \
@@ -662,4 +826,35 @@ fn plot(op: &str, lines: &[Line], file: super::Output) -> anyhow::Result<()> {
     }
     let caption = format!("{op}: tokens per second by variant");
     file.finish(super::plot::svg(&caption, "tokens of a call", &series)?.as_bytes())
+}
+
+#[cfg(all(test, feature = "cuda-host"))]
+mod tests {
+    use super::*;
+    use qwen3next_kernels::device::Device;
+
+    /// The path of a GPU; the times are the executor's.
+    #[test]
+    fn kernels_are_timed_on_a_device() -> anyhow::Result<()> {
+        let device: &'static Device = Box::leak(Box::new(Device::executor()));
+        let points = || vec![delta_point(2, 3, 1, 2, 32), delta_point(1, 1, 1, 2, 32)];
+        let lines = measure_on(device, points(), &[], 3, false)?;
+        let kernels = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device);
+        assert_eq!(lines.len(), 2 * kernels.len());
+        for line in &lines {
+            assert!(line.time.min > 0.0 && line.time.median >= line.time.min && line.time.samples <= 3);
+            assert!(line.roof.fraction > 0.0 && line.metrics.bound_multiple <= 1.0);
+        }
+        assert_eq!((lines[0].shape.as_str(), lines[0].ratio), ("2 of 1/2x32", 1.0));
+        let mut text = Vec::new();
+        table(&lines, &mut text)?;
+        let text = String::from_utf8(text)?;
+        assert!(text.contains("% copy") && text.contains("host executor, no driver"), "{text}");
+
+        let one = kernels[0].name().to_string();
+        assert_eq!(measure_on(device, points(), &[one], 1, true)?.len(), 2);
+        let unknown = measure_on(device, points(), &["none".to_string()], 1, true);
+        assert!(unknown.err().unwrap().to_string().contains("--variant none: expected one of"));
+        Ok(())
+    }
 }

@@ -3,7 +3,7 @@
 use crate::cli::{model, npy};
 use crate::Done;
 use anyhow::{bail, Context};
-use qwen3next_model::{Batch, State};
+use qwen3next_model::Batch;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -48,7 +48,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     }
 
     let config = loaded.model.config();
-    let mut state = State::with_cache(config, 1, tokens.len(), args.model.cache())?;
+    let mut state = loaded.model.state(1, tokens.len(), args.model.cache())?;
     let rows = if args.all { tokens.len() } else { 1 };
     let mut out = npy::Writer::create(&args.out, rows, config.vocab)?;
     let bar = super::progress(tokens.len() as u64, "logits {wide_bar} {pos}/{len} {eta}");

@@ -39,6 +39,72 @@ pub struct Args {
     /// Type of the cached values (-ctv), that of the keys.
     #[arg(long, value_name = "TYPE", value_parser = cache_type)]
     pub cache_type_v: Option<DType>,
+    #[command(flatten)]
+    pub offload: Offload,
+}
+
+/// Layers on a CUDA device.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Offload {
+    /// Layers on the GPU, the last ones first (-ngl); -1, or more than there are: all, and the output matrix.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    pub gpu_layers: i64,
+    /// The experts of the first N layers stay on the CPU (-ncmoe).
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub n_cpu_moe: usize,
+    /// What a GPU is: the first CUDA device (CUDA_VISIBLE_DEVICES hides others), or the host executor, which runs the same
+    /// kernels on the CPU, slowly, and watches them.
+    #[arg(long, value_enum, default_value = "cuda")]
+    pub device: Device,
+}
+
+/// What `--gpu-layers` lie on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Device {
+    Cuda,
+    Executor,
+}
+
+impl Offload {
+    /// Copies the layers to the device, with a progress bar.
+    pub fn apply(&self, loaded: &mut Loaded) -> anyhow::Result<()> {
+        if self.gpu_layers == 0 {
+            return Ok(());
+        }
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        {
+            let device = self.open().with_context(|| format!("--gpu-layers {}", self.gpu_layers))?;
+            let layers = usize::try_from(self.gpu_layers).unwrap_or(usize::MAX);
+            let placement = qwen3next_model::offload::Placement { layers, cpu_experts: self.n_cpu_moe };
+            let bar = super::progress(0, "to the device {wide_bar} {bytes}/{total_bytes}");
+            loaded.model.offload(&device, placement, &mut |done, total| {
+                bar.set_length(total);
+                bar.set_position(done);
+            })?;
+            bar.finish_and_clear();
+            Ok(())
+        }
+        #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
+        {
+            let _ = loaded;
+            bail!("--gpu-layers {}: built without the feature cuda, expected 0", self.gpu_layers)
+        }
+    }
+
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    fn open(&self) -> anyhow::Result<qwen3next_kernels::device::Device> {
+        use qwen3next_kernels::device;
+        match self.device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda => Ok(device::Device::open(0)?),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => bail!("--device cuda: built without the feature cuda"),
+            #[cfg(feature = "cuda-host")]
+            Device::Executor => Ok(device::Device::executor()),
+            #[cfg(not(feature = "cuda-host"))]
+            Device::Executor => bail!("--device executor: built without the feature cuda-host"),
+        }
+    }
 }
 
 /// A type of the KV cache.
@@ -103,6 +169,7 @@ impl Args {
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
         }
         let mut loaded = load(self.model.as_deref())?;
+        self.offload.apply(&mut loaded)?;
         if self.run_time_repack {
             repack(&mut loaded);
         }

@@ -9,7 +9,7 @@ use qwen3next_kernels::gated_delta::Op;
 use qwen3next_kernels::{DType, Operator, Variant};
 use qwen3next_model::forward::{Activations, FusedDelta, Options};
 use qwen3next_model::perplexity::{divergence, negative_log_likelihood, top, window_logits, Sum};
-use qwen3next_model::{CacheTypes, State};
+use qwen3next_model::CacheTypes;
 use qwen3next_verify::plugin::Plugin;
 use qwen3next_verify::report::Machine;
 use rayon::prelude::*;
@@ -210,7 +210,7 @@ fn read(args: &Args, loaded: &Loaded, shapes: &[Shape], windows: &[&[u32]]) -> a
     let activations = if args.activations == "q8" { Activations::Q8 } else { Activations::F32 };
     let cache = CacheTypes { k: args.cache_type_k, v: args.cache_type_k };
     let one = |window: &&[u32]| -> anyhow::Result<Vec<Cell>> {
-        let mut state = State::with_cache(model.config(), 1, args.ctx, cache)?;
+        let mut state = model.state(1, args.ctx, cache)?;
         let mut cells = Vec::new();
         for shape in shapes {
             let mut base: Vec<f32> = Vec::new();

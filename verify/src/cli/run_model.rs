@@ -138,7 +138,7 @@ impl Setting {
     fn state(&self, model: &Model, capacity: usize) -> anyhow::Result<State> {
         let of = |text: &str| model::cache_type(text).map_err(|e| anyhow::anyhow!("cache type {text:?}: {e}"));
         let cache = CacheTypes { k: of(&self.type_k)?, v: of(&self.type_v)? };
-        Ok(State::with_cache(model.config(), 1, capacity, cache)?)
+        Ok(model.state(1, capacity, cache)?)
     }
 
     /// How a forward pass runs.

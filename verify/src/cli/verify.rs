@@ -53,8 +53,8 @@ pub struct Args {
     /// With --mutant: tell the progress as JSON lines (how --mutants runs it).
     #[arg(long, requires = "mutant", hide = true)]
     lines: bool,
-    /// With --lines: every how many-th case of the grid.
-    #[arg(long, requires = "lines", hide = true)]
+    /// Every how many-th case of the grid.
+    #[arg(long, value_parser = super::model::at_least_one)]
     stride: Option<usize>,
     /// Judge this kernel from a shared library instead of the built-in variants: a q3n_OP_variant, or a function of
     /// the type of its run. Repeatable; needs --op.
@@ -86,17 +86,23 @@ enum Backend {
     All,
 }
 
+/// The first GPU, or why there is none.
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Result<&'static qwen3next_kernels::device::Device, String> {
+    use qwen3next_kernels::device::Device;
+    match Device::count() {
+        Ok(0) => Err("the driver knows no device".into()),
+        Ok(_) => Ok(Box::leak(Box::new(Device::open(0).map_err(|e| e.to_string())?))),
+        Err(why) => Err(why.to_string()),
+    }
+}
+
 /// Has the kernels run on the first GPU, or says why they can't.
 #[cfg(feature = "cuda")]
 fn on_gpu(options: &mut Options) -> Result<(), String> {
-    use qwen3next_kernels::device::Device;
-    let device = match Device::count() {
-        Ok(0) => return Err("the driver knows no device".into()),
-        Ok(_) => Device::open(0).map_err(|e| e.to_string())?,
-        Err(why) => return Err(why.to_string()),
-    };
+    let device = gpu()?;
     println!("on {}", device.name().map_err(|e| e.to_string())?);
-    options.device = Some(Box::leak(Box::new(device)));
+    options.device = Some(device);
     Ok(())
 }
 
@@ -109,7 +115,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     if args.backend == Backend::CudaHost && !Isa::CUDA_HOST.available() {
         bail!("--backend cuda-host: not built in: build with --features cuda-host");
     }
-    let mut entries = chosen(args.op.as_deref())?;
+    let entries = chosen(args.op.as_deref())?;
     if args.op.is_none()
         && args.mutant.is_none()
         && (args.variant.is_some() || args.check.is_some() || args.case.is_some())
@@ -136,7 +142,6 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
             println!("SKIPPED cuda: {why}\n\n0 checks passed, 0 failed, 1 skipped");
             return Ok(Done::Ok);
         }
-        entries.retain(|e| e.op != "model");
     }
 
     if let Some(folder) = &args.write_cases {

@@ -82,9 +82,11 @@ const CONV: &str = "causal_conv/causal_conv_scalar.c";
 const NORM: &str = "norm/norm_scalar.c";
 const ROPE: &str = "rope/rope_scalar.c";
 const MOE: &str = "moe/moe_scalar.c";
+const ATTENTION_CUDA: &str = "attention/attention.cu";
 const NORM_CUDA: &str = "norm/norm.cu";
 const SOLVE_CUDA: &str = "solve_tri/solve_tri.cu";
 const DELTA_CUDA: &str = "gated_delta/gated_delta_parts.cuh";
+const EXPERTS_CUDA: &str = "moe/moe_experts.cu";
 
 const INVERSE_NORM: &str = "1.0f / sqrtf(gd_dot(x, x, a->K) + a->qk_l2norm_eps)";
 const NORM_FACTOR: &str = "1.0 / sqrt((a->kind == Q3N_NORM_L2 ? squares : squares / (double)a->D) + (double)a->eps);";
@@ -286,6 +288,17 @@ pub const CATALOGUE: &[Mutant] = &[
         "solve_tri",
         "cuda_host",
         &[at(SOLVE_CUDA, "        }\n      }\n      __syncthreads();", "        }\n      }")],
+    ),
+    cuda(
+        "16d",
+        "a barrier is missing: values are added with weights that other warps still write",
+        "attention",
+        "cuda_host",
+        &[at(
+            ATTENTION_CUDA,
+            "      __syncthreads();\n\n      Q3N_UNROLL\n      for (int g = 0;",
+            "      Q3N_UNROLL\n      for (int g = 0;",
+        )],
     ),
     kernel(
         "17a",
@@ -520,7 +533,7 @@ pub const CATALOGUE: &[Mutant] = &[
         )],
     ),
     kernel(
-        "32",
+        "32a",
         "an expert that a token chose twice counts once: the second overwrites the first",
         "moe_down",
         "scalar",
@@ -529,6 +542,17 @@ pub const CATALOGUE: &[Mutant] = &[
             "dots[pair * Q3N_MOE_ROWS + r] =",
             "dots[pair * Q3N_MOE_ROWS + r] =
               i + 1 < to && a->order[i + 1] / a->top_k == pair / a->top_k ? 0.0f :",
+        )],
+    ),
+    cuda(
+        "32b",
+        "the same in a CUDA kernel, which looks for the next expert once it has found a choice",
+        "moe_down",
+        "cuda_host",
+        &[at(
+            EXPERTS_CUDA,
+            "if (c >= 0 && c < a.top_k) found[c] = (int)e;",
+            "if (c >= 0 && c < a.top_k) { found[c] = (int)e; break; }",
         )],
     ),
     kernel(

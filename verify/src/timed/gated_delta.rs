@@ -1,4 +1,4 @@
-//! The delta rule of one layer: one sequence, in-kernel norm, the state updated in place.
+//! The delta rule of one layer: in-kernel norm, the state updated in place.
 
 use super::{Timed, Work};
 use crate::cases::gated_delta as cases;
@@ -6,13 +6,18 @@ use crate::compare::{Failure, Metrics};
 use qwen3next_kernels::gated_delta::Op;
 use qwen3next_kernels::{Exec, Variant};
 
-/// `t` tokens, `hk` key and `hv` value heads of `d` channels.
+/// Sequences of `t` tokens, `hk` key and `hv` value heads of `d` channels.
 pub struct GatedDelta(cases::Timed);
 
 impl GatedDelta {
-    /// Inputs.
+    /// Inputs of one sequence.
     pub fn new(t: usize, hk: usize, hv: usize, d: usize) -> GatedDelta {
-        GatedDelta(cases::Timed::new(t, hk, hv, d))
+        GatedDelta::batch(1, t, hk, hv, d)
+    }
+
+    /// Inputs of `b` sequences.
+    pub fn batch(b: usize, t: usize, hk: usize, hv: usize, d: usize) -> GatedDelta {
+        GatedDelta(cases::Timed::new(b, t, hk, hv, d))
     }
 }
 
