@@ -5,8 +5,8 @@
 use qwen3next_kernels::activations::Q8;
 use qwen3next_kernels::device::Device;
 use qwen3next_kernels::{
-    attention, causal_conv, gated_delta, matmul, moe, norm, quant, rope, solve_tri, DType, Error, Exec, View, ViewMut,
-    Weight,
+    attention, causal_conv, gated_delta, layer, matmul, moe, norm, quant, rope, solve_tri, DType, Error, Exec, View,
+    ViewMut, Weight,
 };
 
 fn devices() -> Vec<Device> {
@@ -528,6 +528,97 @@ fn staged_launches_are_timed() -> Result<(), Error> {
         let limits = device.limits()?;
         assert!(limits.copy > 1e7 && limits.copy < 1e14, "{limits:?}");
         assert!(!device.driver()?.is_empty());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_layer_between_its_operators() -> Result<(), Error> {
+    use layer::{add, delta_gates, gather, kv_store, row_gate};
+    let (n, ids, slot, pos, cu) = (64, [3i64, 0, 3], [1i64, 0], [4i64, 0, 2], [0i64, 1, 3]);
+    let (floats, other, gate) = (fill(4 * n, 40), fill(3 * n, 41), fill(n, 42));
+    let table = quant::to_bytes(DType::Q4_1, View::new(&floats, [4, n])?)?;
+    let shape_x = [3, n];
+
+    let mut x = vec![0.0; 3 * n];
+    let weight = Weight::new(&table, DType::Q4_1, [4, n])?;
+    let args = gather::Args { y: ViewMut::new(&mut x, shape_x)?, table: weight, ids: &ids };
+    gather::run(args, &Exec::default())?;
+    let args = add::Args { y: ViewMut::new(&mut x, shape_x)?, x: View::new(&other, shape_x)? };
+    add::run(args, &Exec::default())?;
+    // Two rows of the sum, by the same operator.
+    let mut picked = vec![0.0; 2 * n];
+    let args =
+        gather::Args { y: ViewMut::new(&mut picked, [2, n])?, table: View::new(&x, shape_x)?.into(), ids: &[2, 1] };
+    gather::run(args, &Exec::default())?;
+    let mut cache = vec![[0u8; 34]; 2 * 5 * n / 32];
+    let args = kv_store::Args {
+        cache: kv_store::Cache::Q8_0(ViewMut::new(&mut cache, [2, 5, n / 32])?),
+        x: View::new(&x, shape_x)?,
+        slot: &slot,
+        pos: &pos,
+        cu_seqlens: &cu,
+    };
+    kv_store::run(args, &Exec::default())?;
+    let (mut g, mut beta, mut share) = (vec![0.0; 3 * n / 2], vec![0.0; 3 * n / 2], vec![0.0; 3]);
+    let args = delta_gates::Args {
+        g: ViewMut::new(&mut g, [3, n / 2])?,
+        beta: ViewMut::new(&mut beta, [3, n / 2])?,
+        ba: View::new(&x, shape_x)?,
+        a: gate[..n / 2].into(),
+        dt_bias: gate[n / 2..].into(),
+        k_heads: n / 4,
+    };
+    delta_gates::run(args, &Exec::default())?;
+    let y = ViewMut::new(&mut share, [3])?;
+    let args = row_gate::Args { y, x: View::new(&x, shape_x)?, w: gate[..].into() };
+    row_gate::run(args, &Exec::default())?;
+
+    for device in devices() {
+        let stream = device.stream()?;
+        let (table, other, gates) = (device.upload(&table)?, device.upload(&other)?, device.upload(&gate)?);
+        let halves = [device.upload(&gate[..n / 2])?, device.upload(&gate[n / 2..])?];
+        let (mut on_x, on_ids) = (device.zeros(3 * n)?, device.indices(&ids)?);
+        let weight = table.weight(DType::Q4_1, [4, n])?;
+        gather::queue(gather::Args { y: on_x.view_mut(shape_x)?, table: weight, ids: &on_ids }, &stream)?;
+        add::queue(add::Args { y: on_x.view_mut(shape_x)?, x: other.view(shape_x)? }, &stream)?;
+        assert_eq!(on_x.download()?, x);
+
+        let (mut on_picked, two) = (device.zeros(2 * n)?, device.indices(&[2, 1])?);
+        let rows = on_x.view(shape_x)?.into();
+        gather::queue(gather::Args { y: on_picked.view_mut([2, n])?, table: rows, ids: &two }, &stream)?;
+        assert_eq!(on_picked.download()?, picked);
+        let outside = device.indices(&[2, 3])?;
+        let args = gather::Args { y: on_picked.view_mut([2, n])?, table: on_x.view(shape_x)?.into(), ids: &outside };
+        assert!(gather::queue(args, &stream).unwrap_err().to_string().contains("ids"));
+
+        let mut on_cache = device.upload(&vec![[0u8; 34]; cache.len()])?;
+        let (slot, pos, cu) = (device.indices(&slot)?, device.indices(&pos)?, device.indices(&cu)?);
+        let args = kv_store::Args {
+            cache: kv_store::Cache::Q8_0(on_cache.view_mut([2, 5, n / 32])?),
+            x: on_x.view(shape_x)?,
+            slot: &slot,
+            pos: &pos,
+            cu_seqlens: &cu,
+        };
+        kv_store::queue(args, &stream)?;
+        assert_eq!(on_cache.download()?, cache);
+
+        let (mut on_g, mut on_beta, mut on_share) = (device.zeros(g.len())?, device.zeros(g.len())?, device.zeros(3)?);
+        let args = delta_gates::Args {
+            g: on_g.view_mut([3, n / 2])?,
+            beta: on_beta.view_mut([3, n / 2])?,
+            ba: on_x.view(shape_x)?,
+            a: halves[0].view([n / 2])?,
+            dt_bias: halves[1].view([n / 2])?,
+            k_heads: n / 4,
+        };
+        delta_gates::queue(args, &stream)?;
+        assert_near(&on_g.download()?, &g);
+        assert_near(&on_beta.download()?, &beta);
+        let args = row_gate::Args { y: on_share.view_mut([3])?, x: on_x.view(shape_x)?, w: gates.view([n])? };
+        row_gate::queue(args, &stream)?;
+        assert_near(&on_share.download()?, &share);
     }
     Ok(())
 }

@@ -652,7 +652,7 @@ fn stored(exec: &Exec<kv_store::Op>, case: &Store, rows: &Rows) -> Result<Vec<u8
         kv_store::run(kv_store::Args { cache, x: x.view(), slot: &of_slot, pos: &pos, cu_seqlens: &cu }, exec)?;
 
         let (mut packed, mut inside) = (Vec::new(), vec![false; buffer.len()]);
-        for (entry, position) in rows.places() {
+        for (entry, position) in rows.places().into_iter().filter(|_| cells > 0) {
             let at = start + entry * slot + position * row;
             inside[at..at + cells].fill(true);
             buffer[at..at + cells].iter().for_each(|cell| packed.extend(cell.bytes()));
@@ -682,7 +682,7 @@ fn store_reference(variant: &Variant<kv_store::Op>, case: &Store, seed: u64) -> 
         let step = match case.kv {
             KvType::F32 => 0.0,
             KvType::F16 => largest * 2f64.powi(-11) + 2f64.powi(-25),
-            KvType::BF16 => largest * 2f64.powi(-9) + TINY32,
+            KvType::BF16 => largest * 2f64.powi(-8) + TINY32,
             // The scale is rounded to f16: 2⁻¹¹ of itself, or half of f16's least number, 127 times over.
             KvType::Q8_0 => largest / 127.0 * (0.5 + 127.0 * (2f64.powi(-11) + 4.0 * U32)) + 127.0 * 2f64.powi(-25),
         };
