@@ -277,7 +277,7 @@ fn without_a_gpu_its_benches_say_so() {
         ("bench op norm --warm", "--warm: is for --backend cuda"),
         ("bench op none --backend cuda", "expected one of"),
         ("bench op norm --backend cuda --batch 2", "--batch: norm takes none"),
-        ("bench op gated_delta --backend cuda --batch 9999999", "--batch 9999999"),
+        ("bench op gated_delta --backend cuda --batch 999999", "--batch 999999"),
         ("bench op norm --backend cuda-host", "cuda-host"),
         ("bench op norm --backend cuda --plugin a.so:b", "--plugin"),
     ] {
