@@ -308,7 +308,7 @@ pub fn markdown(document: &Value) -> String {
         }
         out.push('\n');
     }
-    out += "\nThe CPU alone: no GPU backend is built in.\n";
+    out += "\nThe CPU alone.\n";
     document["notes"].as_array().into_iter().flatten().for_each(|n| out += &format!("- {}\n", text(n)));
     out
 }

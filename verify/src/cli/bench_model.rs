@@ -1,8 +1,8 @@
 //! `qwen3next bench model`: llama-bench's job, with its flags, its defaults and its output.
 
 use super::run_model::{
-    fused_deltas, main_type, model_size, numbers, Bench, Run, Setting, Work, ACTIVATIONS, CPU_MOE, FLASH_ATTN,
-    GPU_LAYERS, MMAP, REPACK, TYPE_K, TYPE_V,
+    cpu_moe, fused_deltas, gpu_layers, main_type, model_size, numbers, Bench, Run, Setting, Work, ACTIVATIONS,
+    FLASH_ATTN, MMAP, REPACK, TYPE_K, TYPE_V,
 };
 use crate::Done;
 use anyhow::Context;
@@ -149,8 +149,8 @@ impl Args {
             all
         }
         // In llama-bench's order, which reloads a model as rarely as possible.
-        settings = each(settings, &GPU_LAYERS.parse(&self.gpu_layers)?, |s, v| s.gpu_layers = v);
-        settings = each(settings, &CPU_MOE.parse(&self.n_cpu_moe)?, |s, v| s.cpu_moe = v);
+        settings = each(settings, &gpu_layers(&self.gpu_layers)?, |s, v| s.gpu_layers = v);
+        settings = each(settings, &cpu_moe(&self.n_cpu_moe)?, |s, v| s.cpu_moe = v);
         settings = each(settings, &MMAP.parse(&self.mmap)?, |s, v| s.mmap = v);
         settings = each(settings, &REPACK.parse(&self.run_time_repack)?, |s, v| s.repack = v);
         settings = each(settings, &ACTIVATIONS.parse(&self.activations)?, |s, v| s.activations = v);
@@ -285,7 +285,7 @@ impl Test {
             ("build_number", json!(BUILD_NUMBER)),
             ("cpu_info", json!(machine.cpu)),
             ("gpu_info", json!("")),
-            ("backends", json!("CPU")),
+            ("backends", json!(if s.on_gpu() { "CUDA,CPU" } else { "CPU" })),
             ("model_filename", json!(filename)),
             ("model_type", json!(kind)),
             ("model_size", json!(size)),

@@ -141,7 +141,7 @@ pub fn markdown(document: &Value) -> String {
     let gib = |v: &Value| number(v) as f64 / GIB;
     let text = |key: &str| document[key].as_str().unwrap_or_default();
     let mut out = format!(
-        "{}: {} tokens of {} cache, ubatch {}, {:.2} GiB of GPU memory (a plan: no GPU backend is built in)\n\n\
+        "{}: {} tokens of {} cache, ubatch {}, {:.2} GiB of GPU memory (a plan, not compared with a GPU's)\n\n\
          | part | GPU bytes | GiB | host bytes |\n| --- | ---: | ---: | ---: |\n",
         text("model"),
         number(&document["ctx"]),

@@ -24,9 +24,9 @@ pub struct Choice {
 }
 
 /// Layers on a GPU.
-pub const GPU_LAYERS: Choice = Choice { flag: "-ngl", values: &["0", "-1"], why: "no GPU backend is built in" };
+pub const GPU_LAYERS: Choice = Choice { flag: "-ngl", values: &["0", "-1"], why: "built without the feature cuda" };
 /// Layers whose experts stay on the CPU.
-pub const CPU_MOE: Choice = Choice { flag: "--n-cpu-moe", values: &["0"], why: "no GPU backend is built in" };
+pub const CPU_MOE: Choice = Choice { flag: "--n-cpu-moe", values: &["0"], why: "built without the feature cuda" };
 /// Flash attention.
 pub const FLASH_ATTN: Choice =
     Choice { flag: "-fa", values: &["1", "on", "auto"], why: "attention is flash attention always" };
@@ -43,6 +43,28 @@ const CACHES: &[&str] = &["f32", "f16", "bf16", "q8_0"];
 pub const TYPE_K: Choice = Choice { flag: "-ctk", values: CACHES, why: "keys are of one of four types" };
 /// Type of cached values.
 pub const TYPE_V: Choice = Choice { flag: "-ctv", values: CACHES, why: "values are of the type of the keys" };
+
+/// Layers on a GPU, a list; only 0, or -1 for what there is, in builds without one.
+pub fn gpu_layers(given: &[String]) -> anyhow::Result<Vec<String>> {
+    numbers_or(&GPU_LAYERS, given, -1)
+}
+
+/// Layers whose experts stay on the CPU, a list.
+pub fn cpu_moe(given: &[String]) -> anyhow::Result<Vec<String>> {
+    numbers_or(&CPU_MOE, given, 0)
+}
+
+/// As [`Choice::parse`]; with a GPU backend any whole number from `low` on.
+fn numbers_or(choice: &Choice, given: &[String], low: i64) -> anyhow::Result<Vec<String>> {
+    if !cfg!(feature = "cuda") {
+        return choice.parse(given);
+    }
+    let all: Vec<String> = given.iter().flat_map(|list| list.split(',')).map(str::to_string).collect();
+    if let Some(value) = all.iter().find(|v| !v.parse().is_ok_and(|n: i64| n >= low)) {
+        bail!("{} {value}: expected a whole number from {low} on", choice.flag);
+    }
+    Ok(if all.is_empty() { vec!["0".into()] } else { all })
+}
 
 impl Choice {
     /// The values of a matrix: lists separated by commas, the default where there is none.
@@ -128,6 +150,11 @@ impl Setting {
     fn load(&self) -> anyhow::Result<Loaded> {
         // What is repacked is copied anyway: read whole, the file would be there twice.
         let mut loaded = model::load_with(self.model.as_deref(), self.mmap == "1" || self.repack == "1")?;
+        if self.on_gpu() {
+            let (layers, experts) = (self.gpu_layers.parse()?, self.cpu_moe.parse()?);
+            let offload = model::Offload { gpu_layers: layers, n_cpu_moe: experts, device: model::Device::Cuda };
+            offload.apply(&mut loaded)?;
+        }
         if self.repack == "1" {
             model::repack(&mut loaded);
         }
@@ -145,6 +172,11 @@ impl Setting {
     fn options(&self) -> Options {
         let activations = if self.activations == "f32" { Activations::F32 } else { Activations::Q8 };
         Options { ubatch: self.ubatch.min(self.batch), fused_delta: self.fused_delta, activations }
+    }
+
+    /// Layers lie on a GPU.
+    pub fn on_gpu(&self) -> bool {
+        cfg!(feature = "cuda") && self.gpu_layers != "0"
     }
 
     /// Number of the delta rule's mode.
@@ -370,6 +402,8 @@ mod tests {
         assert_eq!(FLASH_ATTN.parse(&texts(&["on,auto"])).unwrap(), ["on", "auto"]);
         let why = GPU_LAYERS.parse(&texts(&["0,99"])).unwrap_err().to_string();
         assert!(why.starts_with("-ngl 99: ") && why.ends_with("expected 0 or -1"), "{why}");
+        assert_eq!(gpu_layers(&texts(&["0,99"])).is_ok(), cfg!(feature = "cuda"));
+        assert!(gpu_layers(&texts(&["x"])).is_err() && cpu_moe(&texts(&["-1"])).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::bench_model::{describe, mean};
 use super::plot::{svg, Series};
 use super::run_model::{
-    fused_deltas, numbers, Bench, Setting, ACTIVATIONS, CPU_MOE, FLASH_ATTN, GPU_LAYERS, MMAP, REPACK, TYPE_K, TYPE_V,
+    cpu_moe, fused_deltas, gpu_layers, numbers, Bench, Setting, ACTIVATIONS, FLASH_ATTN, MMAP, REPACK, TYPE_K, TYPE_V,
 };
 use crate::Done;
 use anyhow::ensure;
@@ -80,13 +80,14 @@ struct Point {
 
 impl Args {
     fn grid(&self) -> anyhow::Result<Vec<Point>> {
-        let only = |choice: &super::run_model::Choice, given: &Option<String>| {
-            let values = choice.parse(given.as_slice())?;
+        let one = |values: Vec<String>| {
             ensure!(values.len() == 1, "{}: expected one value", values.join(","));
             Ok::<String, anyhow::Error>(values[0].clone())
         };
-        let (cpu_moe, repack) = (only(&CPU_MOE, &self.n_cpu_moe)?, only(&REPACK, &self.run_time_repack)?);
-        let (gpu_layers, mmap) = (only(&GPU_LAYERS, &self.gpu_layers)?, only(&MMAP, &self.mmap)?);
+        let only = |choice: &super::run_model::Choice, given: &Option<String>| one(choice.parse(given.as_slice())?);
+        let (cpu_moe, gpu_layers) =
+            (one(cpu_moe(self.n_cpu_moe.as_slice())?)?, one(gpu_layers(self.gpu_layers.as_slice())?)?);
+        let (mmap, repack) = (only(&MMAP, &self.mmap)?, only(&REPACK, &self.run_time_repack)?);
         let flash_attn = only(&FLASH_ATTN, &self.flash_attn)?;
         let activations = only(&ACTIVATIONS, &self.activations)?;
         let type_k = only(&TYPE_K, &self.cache_type_k)?;
