@@ -8,8 +8,8 @@
    A value that is not finite must not meet the zeros above the diagonals. So a warp watches u, block of 16 tokens by
    block: from the first token on whose u is not finite it takes the rest of the chunk token by token, as it takes
    fewer than 8 tokens. README.md has the floors. */
-#include "../cuda/mma.cuh"
 #include "../cuda/reduce.cuh"
+#include "../cuda/tf32.cuh"
 #include "gated_delta_parts.cuh"
 
 namespace {
@@ -26,12 +26,6 @@ constexpr unsigned ALL = 0xffffffffu;
    token. */
 constexpr float SCALE = 4294967296.0f, UNSCALE = 1.0f / SCALE;
 
-/* Column 8 eight + one of a row of `width` numbers in shared memory. Eights change places within fours so that rows
-   0 .. 3 and rows 0, 2, 4, 6 from any multiple of 4 or 8 on lie in different banks. */
-__device__ __forceinline__ int place(int row, int eight, int one, int width) {
-  return row * width + eight / 4 * 32 + (eight % 4 ^ ((row ^ row / 4) & 3)) * 8 + one;
-}
-
 __device__ __forceinline__ bool small(float x) { return fabsf(x) < 3.3e38f; } /* false for NaN */
 
 /* x, in a way that forbids to keep what is made of it: the state's parts would not fit into the registers. */
@@ -40,50 +34,6 @@ __device__ __forceinline__ float anew(float x) {
   asm volatile("" : "+f"(x));
 #endif
   return x;
-}
-
-struct left {
-  uint32_t high[4], low[4];
-};
-struct right {
-  uint32_t high[2], low[2];
-};
-
-/* x holds sums: rows group (0, 1) and group + 8, columns 2 member and 2 member + 1, which become the factor's columns
-   member and member + 4. */
-__device__ __forceinline__ left split_left(const float (&x)[4]) {
-  left y;
-  Q3N_UNROLL
-  for (int i = 0; i < 4; i++) q3n_split_tf32(x[i / 2 + i % 2 * 2], y.high[i], y.low[i]);
-  return y;
-}
-
-__device__ __forceinline__ left split_rows(float2 first, float2 second) {
-  const float x[4] = {first.x, first.y, second.x, second.y};
-  return split_left(x);
-}
-
-__device__ __forceinline__ right split_right(float2 x) {
-  right y;
-  q3n_split_tf32(x.x, y.high[0], y.low[0]);
-  q3n_split_tf32(x.y, y.high[1], y.low[1]);
-  return y;
-}
-
-/* Sums, those of the small products apart: two chains, and the large ones are rounded once in all. */
-struct sums {
-  float large[4], rest[4];
-};
-
-__device__ __forceinline__ void clear(sums &x) {
-  Q3N_UNROLL
-  for (int i = 0; i < 4; i++) x.large[i] = x.rest[i] = 0.0f;
-}
-
-__device__ __forceinline__ void add_product(sums &x, const left &a, const right &b) {
-  q3n_mma_tf32(x.large, a.high, b.high, x.large);
-  q3n_mma_tf32(x.rest, a.high, b.low, x.rest);
-  q3n_mma_tf32(x.rest, a.low, b.high, x.rest);
 }
 
 /* What all warps of a block share of a chunk. */
@@ -109,7 +59,7 @@ __device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head 
   for (int i = (int)threadIdx.x; i < 2 * C * KP / 4; i += (int)blockDim.x) {
     const int which = i / (C * KP / 4), row = i / (KP / 4) % C, c = i % (KP / 4) * 4;
     const float *from = which ? at.q + (t0 + row) * a.q_t : at.k + (t0 + row) * a.k_t;
-    const q3n_shared<float> to = (which ? q : k) + place(row, c / 8, c % 8, KP);
+    const q3n_shared<float> to = (which ? q : k) + q3n_place(row, c / 8, c % 8, KP);
     if (row < n && c < a.K && vectors) {
       q3n_copy_async16(to, from + c);
     } else {
@@ -171,7 +121,7 @@ __device__ __forceinline__ void find_norms(const q3n_gated_delta_args &a, int n,
       float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       Q3N_UNROLL
       for (int c = 0; c < KP / 8; c += 4) {
-        const float4 x = q3n_load<float4>(from + place(i, c + member / 2, member % 2 * 4, KP));
+        const float4 x = q3n_load<float4>(from + q3n_place(i, c + member / 2, member % 2 * 4, KP));
         part[0] = __fmaf_rn(x.x, x.x, part[0]), part[1] = __fmaf_rn(x.y, x.y, part[1]);
         part[2] = __fmaf_rn(x.z, x.z, part[2]), part[3] = __fmaf_rn(x.w, x.w, part[3]);
       }
@@ -208,14 +158,14 @@ template <int KP> __device__ __forceinline__ void find_scores(int n, const share
   for (int tile = (int)(threadIdx.x / 32); tile < 20; tile += warps) {
     const int b = tile < 2 ? 0 : tile < 6 ? 1 : tile < 12 ? 2 : 3, i0 = b * BLOCK, j0 = (tile - b * (b + 1)) * 8;
     if (i0 >= n) break;
-    sums kk, qk;
-    clear(kk), clear(qk);
+    q3n_sums kk, qk;
+    q3n_clear(kk), q3n_clear(qk);
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
-      const right key = split_right(q3n_load<float2>(ch.k + place(j0 + group, c, 2 * member, KP)));
-      const int from = place(i0 + group, c, 2 * member, KP), below = place(i0 + group + 8, c, 2 * member, KP);
-      add_product(kk, split_rows(q3n_load<float2>(ch.k + from), q3n_load<float2>(ch.k + below)), key);
-      add_product(qk, split_rows(q3n_load<float2>(ch.q + from), q3n_load<float2>(ch.q + below)), key);
+      const q3n_right key = q3n_split_right(q3n_load<float2>(ch.k + q3n_place(j0 + group, c, 2 * member, KP)));
+      const int from = q3n_place(i0 + group, c, 2 * member, KP), below = q3n_place(i0 + group + 8, c, 2 * member, KP);
+      q3n_add_product(kk, q3n_split_rows(q3n_load<float2>(ch.k + from), q3n_load<float2>(ch.k + below)), key);
+      q3n_add_product(qk, q3n_split_rows(q3n_load<float2>(ch.q + from), q3n_load<float2>(ch.q + below)), key);
     }
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
@@ -238,39 +188,9 @@ template <int KP> __device__ __forceinline__ void find_scores(int n, const share
           if (!small(a[m])) atomicMin(&ch.bad[0], i);
         }
       }
-      q3n_store(ch.a + place(i, j0 / 8, 2 * member, C), make_float2(a[0], a[1]));
-      q3n_store(ch.p + place(i, j0 / 8, 2 * member, C), make_float2(p[0], p[1]));
+      q3n_store(ch.a + q3n_place(i, j0 / 8, 2 * member, C), make_float2(a[0], a[1]));
+      q3n_store(ch.p + q3n_place(i, j0 / 8, 2 * member, C), make_float2(p[0], p[1]));
     }
-  }
-}
-
-/* The diagonal blocks of A become (I + A)^-1 - I by substitution, a lane a column. */
-__device__ __forceinline__ void invert_diagonal(int n, const shared_chunk &ch) {
-  const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32), column = lane % BLOCK;
-  for (int pair = (int)(threadIdx.x / 32); 2 * pair * BLOCK < n; pair += warps) {
-    const int first = (2 * pair + lane / BLOCK) * BLOCK;
-    const bool mine = first < n;
-    float x[BLOCK];
-    Q3N_UNROLL
-    for (int i = 0; i < BLOCK; i++) {
-      float part[2] = {0.0f, 0.0f};
-      Q3N_UNROLL
-      for (int j = 0; j < i; j += 4) {
-        float row[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (mine) {
-          const float4 v = q3n_load<float4>(ch.a + place(first + i, (first + j) / 8, j % 8, C));
-          row[0] = v.x * UNSCALE, row[1] = v.y * UNSCALE, row[2] = v.z * UNSCALE, row[3] = v.w * UNSCALE;
-        }
-        Q3N_UNROLL
-        for (int m = 0; m < 4; m++)
-          if (j + m < i)
-            part[m % 2] = column == j + m ? part[m % 2] + row[m] : __fmaf_rn(row[m], x[j + m], part[m % 2]);
-      }
-      x[i] = i > column ? -(part[0] + part[1]) : 0.0f;
-    }
-    __syncwarp();
-    for (int i = 0; i < BLOCK; i++)
-      if (mine) ch.a[place(first + i, (first + column) / 8, column % 8, C)] = x[i] * SCALE;
   }
 }
 
@@ -349,7 +269,7 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     float dot[2] = {0.0f, 0.0f}, out[2] = {0.0f, 0.0f}, u[2];
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
       Q3N_UNROLL
       for (int r = 0; r < 2; r++) {
         s.x[i][2 * r] *= decay, s.x[i][2 * r + 1] *= decay;
@@ -363,8 +283,8 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     }
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
-      const float2 q = q3n_load<float2>(ch.q + place(t, i, 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
+      const float2 q = q3n_load<float2>(ch.q + q3n_place(t, i, 2 * member, KP));
       Q3N_UNROLL
       for (int r = 0; r < 2; r++) {
         s.x[i][2 * r] = __fmaf_rn(u[r], k.x * key, s.x[i][2 * r]);
@@ -395,7 +315,7 @@ __device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delt
     const float low = t % 2 ? v.y : v.x, high = t % 2 ? v.w : v.z, decay = ch.decay[t], key = ch.key[t];
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + place(t, i, 2 * member, KP));
+      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
       s.x[i][0] = __fmaf_rn(low, k.x * key, decay * s.x[i][0]);
       s.x[i][1] = __fmaf_rn(low, k.y * key, decay * s.x[i][1]);
       s.x[i][2] = __fmaf_rn(high, k.x * key, decay * s.x[i][2]);
@@ -406,9 +326,9 @@ __device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delt
 }
 
 /* Columns of a product of u and A or P: b is a row's place in the matrix, transposed by how it is read. */
-__device__ __forceinline__ right matrix(q3n_shared<float> x, int i, int j) {
+__device__ __forceinline__ q3n_right matrix(q3n_shared<float> x, int i, int j) {
   const int lane = (int)(threadIdx.x % 32);
-  return split_right(q3n_load<float2>(x + place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
+  return q3n_split_right(q3n_load<float2>(x + q3n_place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
 }
 
 /* u and o of the tokens of block b. Returns how many of its tokens are good: o is stored for those, and u of the others
@@ -430,20 +350,20 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
     }
 
   {
-    sums k[2], q[2];
+    q3n_sums k[2], q[2];
     Q3N_UNROLL
-    for (int h = 0; h < 2; h++) clear(k[h]), clear(q[h]);
+    for (int h = 0; h < 2; h++) q3n_clear(k[h]), q3n_clear(q[h]);
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
       float x[4];
       Q3N_UNROLL
       for (int i = 0; i < 4; i++) x[i] = anew(s.x[c][i]) * SCALE;
-      const left state = split_left(x);
+      const q3n_left state = q3n_split_left(x);
       Q3N_UNROLL
       for (int h = 0; h < 2; h++) {
-        const int from = place(i0 + 8 * h + group, c, 2 * member, KP);
-        add_product(k[h], state, split_right(q3n_load<float2>(ch.k + from)));
-        add_product(q[h], state, split_right(q3n_load<float2>(ch.q + from)));
+        const int from = q3n_place(i0 + 8 * h + group, c, 2 * member, KP);
+        q3n_add_product(k[h], state, q3n_split_right(q3n_load<float2>(ch.k + from)));
+        q3n_add_product(q[h], state, q3n_split_right(q3n_load<float2>(ch.q + from)));
       }
     }
     Q3N_UNROLL
@@ -487,31 +407,31 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
   const int bad = (int)ch.bad[0] - i0;
   good = watch(w, bad < BLOCK ? bad : BLOCK);
 
-  sums au[2], pu[2];
+  q3n_sums au[2], pu[2];
   Q3N_UNROLL
-  for (int h = 0; h < 2; h++) clear(au[h]), clear(pu[h]);
+  for (int h = 0; h < 2; h++) q3n_clear(au[h]), q3n_clear(pu[h]);
   for (int j = 0; j < i0; j += 8) {
     const float4 v = q3n_load<float4>(u + (j / 8 * 32 + lane) * 4);
     const float before[4] = {v.x, v.y, v.z, v.w};
-    const left factor = split_left(before);
+    const q3n_left factor = q3n_split_left(before);
     Q3N_UNROLL
     for (int h = 0; h < 2; h++) {
-      add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, j));
-      add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, j));
+      q3n_add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, j));
+      q3n_add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, j));
     }
   }
   Q3N_UNROLL
   for (int h = 0; h < 2; h++) {
     Q3N_UNROLL
     for (int x = 0; x < 4; x++) w[h][x] = __fmaf_rn(-UNSCALE, au[h].large[x] + au[h].rest[x], w[h][x]);
-    clear(au[h]);
+    q3n_clear(au[h]);
   }
   if (good < BLOCK) keep(w);
   Q3N_UNROLL
   for (int j = 0; j < 2; j++) {
-    const left factor = split_left(w[j]);
+    const q3n_left factor = q3n_split_left(w[j]);
     Q3N_UNROLL
-    for (int h = j; h < 2; h++) add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, i0 + 8 * j));
+    for (int h = j; h < 2; h++) q3n_add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, i0 + 8 * j));
   }
   Q3N_UNROLL
   for (int h = 0; h < 2; h++)
@@ -524,9 +444,9 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
   Q3N_UNROLL
   for (int j = 0; j < 2; j++) {
     q3n_store(u + ((i0 / 8 + j) * 32 + lane) * 4, make_float4(w[j][0], w[j][1], w[j][2], w[j][3]));
-    const left factor = split_left(w[j]);
+    const q3n_left factor = q3n_split_left(w[j]);
     Q3N_UNROLL
-    for (int h = j; h < 2; h++) add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, i0 + 8 * j));
+    for (int h = j; h < 2; h++) q3n_add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, i0 + 8 * j));
   }
   Q3N_UNROLL
   for (int h = 0; h < 2; h++)
@@ -564,7 +484,7 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
     const float even = (float)ch.end[t] * SCALE * (float)ch.key[t];
     const float odd = (float)ch.end[t + 1] * SCALE * (float)ch.key[t + 1];
     const float x[4] = {v.x * even, v.y * odd, v.z * even, v.w * odd};
-    const left factor = split_left(x);
+    const q3n_left factor = q3n_split_left(x);
     uint32_t least[4];
     Q3N_UNROLL
     for (int i = 0; i < 4; i++) {
@@ -573,8 +493,8 @@ __device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const share
     }
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c++) {
-      const float2 pair = make_float2(ch.k[place(t, c, group, KP)], ch.k[place(t + 1, c, group, KP)]);
-      const right keys = split_right(pair);
+      const float2 pair = make_float2(ch.k[q3n_place(t, c, group, KP)], ch.k[q3n_place(t + 1, c, group, KP)]);
+      const q3n_right keys = q3n_split_right(pair);
       q3n_mma_tf32(written.x[c], factor.high, keys.high, written.x[c]);
       q3n_mma_tf32(written.x[c], factor.high, keys.low, written.x[c]);
       q3n_mma_tf32(written.x[c], factor.low, keys.high, written.x[c]);
@@ -666,7 +586,7 @@ __global__ void __launch_bounds__(WARPS * 32, KP < 128)
       find_ends(ch);
       find_scores<KP>(n, ch);
       __syncthreads();
-      invert_diagonal(n, ch);
+      q3n_invert_diagonal(n, SCALE, ch.a);
       __syncthreads();
 
       int done = 0;

@@ -58,8 +58,8 @@ static inline __m512i signed_words_of(__m512i v, int i) {
   return _mm512_srai_epi16(i ? v : _mm512_slli_epi16(v, 8), 8);
 }
 
-/* Bit `at`, the same in all lanes, of every byte as the value 16. A rotation, or a shift of a vector by one count, would
-   take a multiplier's turn on Zen 5. */
+/* Bit `at`, the same in all lanes, of every byte as the value 16. A rotation, or a shift by one count for the whole
+   vector, would take a multiplier's turn on Zen 5. */
 static inline __m512i fifth_bit(__m512i v, __m512i at) {
   return _mm512_and_si512(left16(_mm512_srlv_epi16(v, at), 4), _mm512_set1_epi8(16));
 }

@@ -32,8 +32,8 @@ static inline int64_t q3n_q8_take(q3n_q8_products by, int64_t left) {
   return take[left];
 }
 
-/* How many rows of x, of so many bytes, meet all of w before the next ones come: they stay in the second cache. Even cuts
-   into tens and twelves. */
+/* How many rows of x, of so many bytes, meet all of w before the next ones come: they stay in the second cache. A
+   multiple of what tiles take. */
 enum { Q3N_Q8_PANEL_BYTES = 400 * 1024 };
 static inline int64_t q3n_q8_panel(int64_t row_bytes) {
   const int64_t rows = row_bytes ? Q3N_Q8_PANEL_BYTES / row_bytes / 60 * 60 : 0;
