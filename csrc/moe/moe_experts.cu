@@ -22,6 +22,8 @@ constexpr int FEW_CHOICES = 64;
 /* Warps of a block that has a token's choices, and their shared memory at most. */
 constexpr int CHOICE_WARPS = 16;
 constexpr int64_t CHOICE_BYTES = 80 * 1024;
+/* That many threads leave 128 registers each, which is one too few here. */
+constexpr int choice_warps(int dtype, bool q8) { return dtype == Q3N_Q6_K && !q8 ? 12 : CHOICE_WARPS; }
 /* Scratch for the dots of down, at most but for one tile of rows. */
 constexpr int64_t DOTS_BYTES = (int64_t)64 << 20;
 constexpr int THREADS = 128, LIST_THREADS = 1024;
@@ -163,7 +165,7 @@ __device__ __forceinline__ void put(const float (&y)[1][MT][4], q3n_shared<float
 }
 
 /* Tiles of up to 8 pairs, or a token's choices; warps share K. */
-template <int DT, bool Q8> __global__ void __launch_bounds__(32 * CHOICE_WARPS, 1) few(plan a) {
+template <int DT, bool Q8> __global__ void __launch_bounds__(32 * choice_warps(DT, Q8), 1) few(plan a) {
   Q3N_SHARED_DYNAMIC(uint32_t, words, 0, a.warps * q3n_tile_words(DT, 1));
   Q3N_SHARED(float, floats, CHOICE_WARPS * 4 * 32);
   Q3N_SHARED(float, dots, CHOICE_WARPS * 16);
@@ -336,7 +338,7 @@ template <int DT, bool Q8> q3n_status launch(plan a, int64_t tiles, int size, q3
   a.warps = matrices * Q3N_TILE_WARPS;
   if (a.kind == CHOICES) {
     int64_t most = words ? CHOICE_BYTES / (4 * words) : CHOICE_WARPS;
-    if (most > CHOICE_WARPS) most = CHOICE_WARPS;
+    if (most > choice_warps(DT, Q8)) most = choice_warps(DT, Q8);
     const int64_t wanted = (a.top_k < 1 ? 1 : a.top_k) * parts;
     a.warps = (int)((wanted < most ? wanted : most) / parts * parts);
   }
