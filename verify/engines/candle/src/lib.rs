@@ -107,14 +107,12 @@ impl CustomOp3 for GatedDelta {
                 Some((g, l)) => Gate::Channel(decay(g, l)?),
             };
             with_optional("state", self.state.as_ref(), |state| {
-                let state = match state {
-                    None => State::Zero { out: Some(out), slot_out: None },
-                    Some((s, l)) => {
-                        let input = view("state", s, l)?;
-                        State::InOut { input, slot_in: None, out: Some(out), slot_out: None }
-                    }
-                };
+                let input = state.map(|(s, l)| view("state", s, l)).transpose()?;
                 with_cpu("beta", &self.beta, |beta, l| {
+                    let state = match input {
+                        None => State::Zero { out: Some(out), slot_out: None },
+                        Some(input) => State::InOut { input, slot_in: None, out: Some(out), slot_out: None },
+                    };
                     let args = gated_delta::Args {
                         o: ViewMut::new(o, [b, t, hv, vd]).map_err(wrong)?,
                         snapshots: None,
