@@ -22,8 +22,10 @@ constexpr int FEW_CHOICES = 64;
 /* Warps of a block that has a token's choices, and their shared memory at most. */
 constexpr int CHOICE_WARPS = 16;
 constexpr int64_t CHOICE_BYTES = 80 * 1024;
-/* That many threads leave 128 registers each, which is one too few here. */
-constexpr int choice_warps(int dtype, bool q8) { return dtype == Q3N_Q6_K && !q8 ? 12 : CHOICE_WARPS; }
+/* That many threads leave 128 registers each, which is too few for f32 x of these types. */
+constexpr int choice_warps(int dtype, bool q8) {
+  return (dtype == Q3N_Q5_K || dtype == Q3N_Q6_K) && !q8 ? 12 : CHOICE_WARPS;
+}
 /* Scratch for the dots of down, at most but for one tile of rows. */
 constexpr int64_t DOTS_BYTES = (int64_t)64 << 20;
 constexpr int THREADS = 128, LIST_THREADS = 1024;
