@@ -13,7 +13,8 @@ fn distribution(sampling: Sampling, logits: &[f32]) -> Vec<(u32, f64)> {
 /// Probabilities of all tokens, computed apart: most likely first, lower ids first among equals.
 fn softmax(logits: &[f32]) -> Vec<(u32, f64)> {
     let peak = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let exp: Vec<f64> = logits.iter().map(|&l| f64::from(l - peak).exp()).collect();
+    // In f64: two logits a unit apart may lie equally far from the peak in f32.
+    let exp: Vec<f64> = logits.iter().map(|&l| (f64::from(l) - f64::from(peak)).exp()).collect();
     let total: f64 = exp.iter().sum();
     let mut all: Vec<(u32, f64)> = exp.iter().enumerate().map(|(i, e)| (i as u32, e / total)).collect();
     all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
