@@ -34,7 +34,10 @@ use crate::{DType, Error, Weight};
 use std::marker::PhantomData;
 use std::sync::Mutex;
 
+mod landing;
+mod room;
 mod timing;
+pub use landing::Landing;
 #[doc(hidden)]
 pub use timing::{Limits, Times};
 
@@ -68,7 +71,7 @@ impl Memory for Cuda {
 
 /// A CUDA device, ready for work. Clones are the same device.
 #[derive(Debug, Clone)]
-pub struct Device(Place);
+pub struct Device(Place, std::sync::Arc<room::Account>);
 
 #[derive(Debug, Clone)]
 enum Place {
@@ -106,7 +109,7 @@ impl Device {
         }
         let device = cuda("device", cust::device::Device::get_device(number))?;
         let context = cuda("device", cust::context::Context::new(device))?;
-        Ok(Device(Place::Gpu(std::sync::Arc::new(context))))
+        Ok(Device(Place::Gpu(std::sync::Arc::new(context)), Default::default()))
     }
 }
 
@@ -115,7 +118,7 @@ impl Device {
     /// in a kernel is that call's error.
     #[cfg(feature = "cuda-host")]
     pub fn executor() -> Device {
-        Device(Place::Executor)
+        Device(Place::Executor, Default::default())
     }
 
     /// Its name, as the driver gives it.
@@ -184,6 +187,7 @@ impl Device {
         let Some(bytes) = bytes else {
             return Err(Error::argument("len", format!("{len} elements are more than memory can hold")));
         };
+        let counted = room::Counted::new(&self.1, bytes as u64)?;
         let memory = match &self.0 {
             #[cfg(feature = "cuda")]
             // SAFETY: every bit pattern is a u8; nobody reads them before they are written.
@@ -191,7 +195,7 @@ impl Device {
             #[cfg(feature = "cuda-host")]
             Place::Executor => Bytes::Executor(HostBytes::new(bytes)?),
         };
-        Ok(Buffer { memory: Some(memory), len, device: self.clone(), holds: PhantomData })
+        Ok(Buffer { memory: Some(memory), len, device: self.clone(), _counted: counted, holds: PhantomData })
     }
 
     /// Makes the device's context that of this thread.
@@ -279,7 +283,7 @@ impl Stream {
     /// `raw` passed the operator's check, and its pointers are this device's.
     pub(crate) unsafe fn launch<O: Operator>(&self, raw: &O::Raw, kernel: &Kernel<O::Raw>) -> Result<(), Error> {
         self.device.enter()?;
-        let missing = || Error::argument("stream", format!("{} has no kernel for {:?}", O::NAME, self.device));
+        let missing = || Error::argument("stream", format!("{} has no kernel for {:?}", O::NAME, self.device.0));
         match self.inner() {
             #[cfg(feature = "cuda")]
             Queue::Gpu(stream) => {
@@ -350,6 +354,7 @@ pub struct Buffer<T: Element> {
     memory: Option<Bytes>,
     len: usize,
     device: Device,
+    _counted: room::Counted,
     holds: PhantomData<T>,
 }
 
@@ -369,9 +374,11 @@ impl<T: Element> Buffer<T> {
         &self.device
     }
 
-    /// Makes room for `len` elements where there are fewer; contents are free then.
+    /// Makes room for `len` elements where there are fewer; contents are free then, and after an error there are none.
     pub fn reserve(&mut self, len: usize) -> Result<(), Error> {
         if self.len < len {
+            // The old ones go first: there may be no room for both.
+            *self = self.device.allocate(0)?;
             *self = self.device.allocate(len)?;
         }
         Ok(())
@@ -592,9 +599,9 @@ pub struct Indices {
 impl Indices {
     /// Replaces them, once the work queued so far is done. Allocates where these are more than ever before.
     pub fn replace(&mut self, values: &[i64]) -> Result<(), Error> {
+        self.host.clear();
         self.device.reserve(values.len())?;
         self.device.write_at(0, values)?;
-        self.host.clear();
         self.host.extend_from_slice(values);
         Ok(())
     }
