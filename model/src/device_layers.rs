@@ -3,6 +3,7 @@
 
 use crate::cache::{Cache, Floats};
 use crate::config::{Config, HeadMap};
+use crate::cpu_experts;
 use crate::error::Error;
 use crate::offload::{Attention, Delta, DeviceFfn, Matrix, Output, Swiglu};
 use crate::ubatch::Packed;
@@ -20,14 +21,16 @@ pub(crate) struct Work {
     /// Buffers that are free.
     floats: Vec<Buffer<f32>>,
     q8: Vec<Q8<Cuda>>,
-    hidden: moe::Hidden<Cuda>,
-    routing: Routing<Cuda>,
+    pub hidden: moe::Hidden<Cuda>,
+    pub routing: Routing<Cuda>,
     /// Of the shared expert, and of a dense feed-forward.
     shared: Routing<Cuda>,
     dense: Routing<Cuda>,
     /// The lowest token with a NaN among its router logits.
     bad_token: Buffer<i64>,
     pub batch: BatchIndices,
+    /// Of layers whose routed experts are the CPU's.
+    pub experts: cpu_experts::Work,
 }
 
 /// What the device knows of a ubatch, as [`Packed`] has it.
@@ -60,6 +63,7 @@ impl Work {
                 lengths: none()?,
                 wanted: none()?,
             },
+            experts: cpu_experts::Work::new(device)?,
         })
     }
 
@@ -102,7 +106,7 @@ impl Work {
 }
 
 /// Rows of f32 and the same quantised for those weights that want it, as `ubatch::Input`.
-struct Input<'a> {
+pub(crate) struct Input<'a> {
     floats: DeviceView<'a, 2>,
     quantized: Vec<Q8<Cuda>>,
 }
@@ -114,8 +118,18 @@ impl<'a> Input<'a> {
         weights: impl IntoIterator<Item = &'w Matrix>,
         work: &mut Work,
     ) -> Result<Self, Error> {
+        Input::of(floats, quantize, weights.into_iter().map(Matrix::dtype), work)
+    }
+
+    /// For weights of these types.
+    pub fn of(
+        floats: DeviceView<'a, 2>,
+        quantize: bool,
+        weights: impl IntoIterator<Item = DType>,
+        work: &mut Work,
+    ) -> Result<Self, Error> {
         let mut input = Input { floats, quantized: Vec::new() };
-        for dtype in weights.into_iter().map(|w| w.dtype().activations()) {
+        for dtype in weights.into_iter().map(DType::activations) {
             if quantize && dtype != DType::F32 && input.quantized.iter().all(|q| q.dtype() != dtype) {
                 let mut q = match work.q8.pop() {
                     Some(q) => q,
@@ -130,11 +144,16 @@ impl<'a> Input<'a> {
 
     /// The rows as these weights take them: quantised where all of them share a type.
     fn rows(&self, weights: &[&Matrix]) -> Rows<'_, Cuda> {
-        let suits = |q: &&Q8<Cuda>| weights.iter().all(|w| w.dtype().activations() == q.dtype());
+        self.rows_for(weights.iter().map(|w| w.dtype()))
+    }
+
+    /// As weights of these types take them.
+    pub fn rows_for(&self, weights: impl Iterator<Item = DType> + Clone) -> Rows<'_, Cuda> {
+        let suits = |q: &&Q8<Cuda>| weights.clone().all(|w| w.activations() == q.dtype());
         self.quantized.iter().find(suits).map_or(self.floats.into(), Rows::from)
     }
 
-    fn give(self, work: &mut Work) {
+    pub fn give(self, work: &mut Work) {
         work.q8.extend(self.quantized);
     }
 }
@@ -411,36 +430,51 @@ pub(crate) fn ffn(
     work: &mut Work,
     x: &mut Buffer<f32>,
 ) -> Result<(), Error> {
-    let (t, width) = (packed.tokens, config.hidden);
-    let rows = normed.view([t, width])?;
+    let t = packed.tokens;
     let own = [&w.experts.gate, &w.experts.up].into_iter().chain(&w.router);
     let weights = own.chain(w.shared.iter().flat_map(|(s, _)| [&s.gate, &s.up]));
-    let input = Input::new(rows, packed.quantize, weights, work)?;
-    let device = work.stream.device().clone();
+    let input = Input::new(normed.view([t, config.hidden])?, packed.quantize, weights, work)?;
     match &w.router {
         None => {
             if work.dense.tokens() != t {
-                work.dense = Routing::upload(&device, &Routing::dense(t, None)?)?;
+                work.dense = Routing::upload(work.stream.device(), &Routing::dense(t, None)?)?;
             }
             feed(&w.experts, &work.dense, &input, &mut work.hidden, x, &work.stream)?;
         }
         Some(router) => {
-            let experts = config.moe.experts;
-            let mut logits = work.take(t * experts)?;
-            project(router, &input, &mut logits, &work.stream)?;
-            let (rows_of, bad) = (logits.view([t, experts])?, work.bad_token.view_mut([1])?);
-            work.routing.queue_route(rows_of, config.moe.top_k, config.moe.normalize, bad, &work.stream)?;
-            work.give([logits]);
+            route(config, router, &input, work)?;
             feed(&w.experts, &work.routing, &input, &mut work.hidden, x, &work.stream)?;
-            if let Some((expert, gate)) = &w.shared {
-                let y = work.shared.dense_on(t, &device)?;
-                row_gate::queue(row_gate::Args { y, x: rows, w: gate.view([width])? }, &work.stream)?;
-                feed(expert, &work.shared, &input, &mut work.hidden, x, &work.stream)?;
+            if let Some(shared) = &w.shared {
+                add_shared(shared, &input, work, x)?;
             }
         }
     }
     input.give(work);
     Ok(())
+}
+
+/// Who goes where, into `work.routing`.
+pub(crate) fn route(config: &Config, router: &Matrix, input: &Input, work: &mut Work) -> Result<(), Error> {
+    let shape @ [t, experts] = [input.floats.shape()[0], config.moe.experts];
+    let mut logits = work.take(t * experts)?;
+    project(router, input, &mut logits, &work.stream)?;
+    let (rows, bad) = (logits.view(shape)?, work.bad_token.view_mut([1])?);
+    work.routing.queue_route(rows, config.moe.top_k, config.moe.normalize, bad, &work.stream)?;
+    work.give([logits]);
+    Ok(())
+}
+
+/// x += sigmoid(gate · input) · shared expert(input).
+pub(crate) fn add_shared(
+    (expert, gate): &(Swiglu, Buffer<f32>),
+    input: &Input,
+    work: &mut Work,
+    x: &mut Buffer<f32>,
+) -> Result<(), Error> {
+    let [t, width] = input.floats.shape();
+    let y = work.shared.dense_on(t, work.stream.device())?;
+    row_gate::queue(row_gate::Args { y, x: input.floats, w: gate.view([width])? }, &work.stream)?;
+    feed(expert, &work.shared, input, &mut work.hidden, x, &work.stream)
 }
 
 /// x += experts(input).

@@ -4,15 +4,17 @@ use crate::attention_layer;
 use crate::cache::{Cache, Floats};
 use crate::config::Config;
 use crate::delta_layer;
-#[cfg(feature = "device")]
-use crate::device_layers;
 use crate::error::Error;
 use crate::moe_layer;
 #[cfg(feature = "device")]
 use crate::offload::{DeviceMixer, Offloaded, Placement};
 use crate::state::{CacheTypes, LayerState, State};
 use crate::ubatch::{norm_rows, project_rows, Buffers, Packed};
+#[cfg(feature = "device")]
+use crate::weights::Ffn;
 use crate::weights::{Mixer, Weights};
+#[cfg(feature = "device")]
+use crate::{cpu_experts, device_layers};
 #[cfg(feature = "device")]
 use qwen3next_kernels::device::Device;
 use qwen3next_kernels::quant::dequantize;
@@ -159,6 +161,7 @@ impl Model {
         let mut state = State::with_cache(&self.config, slots, capacity, cache)?;
         #[cfg(feature = "device")]
         if let Some(o) = &self.offloaded {
+            o.expect_room_for_state(&self.config, &self.weights, [slots, capacity], cache)?;
             state.offload(&o.device, o.first, cache)?;
         }
         Ok(state)
@@ -184,7 +187,7 @@ impl Model {
         self.fingerprint();
         #[cfg(feature = "device")]
         if let Some(o) = &self.offloaded {
-            let on_cpu = |i: usize, ffn: bool| o.layer(i).is_none_or(|layer| ffn && layer.ffn.is_none());
+            let on_cpu = |i: usize, ffn: bool| o.layer(i).is_none_or(|layer| ffn && layer.split.is_some());
             return self.weights.repack_those(on_cpu, o.output.is_none(), progress);
         }
         self.weights.repack(progress);
@@ -292,7 +295,9 @@ impl Model {
         }
         #[cfg(feature = "device")]
         let logits = match &self.offloaded {
-            Some(o) => self.on_device(o, state, pieces, &packed, &mut buffers, &mut x, &mut steps)?,
+            Some(o) => self
+                .on_device(o, state, pieces, &packed, &mut buffers, &mut x, &mut steps)
+                .map_err(|e| o.working_memory(&self.weights, n, e))?,
             None => None,
         };
         #[cfg(not(feature = "device"))]
@@ -351,21 +356,11 @@ impl Model {
             match &layer.ffn {
                 Some(ffn) => device_layers::ffn(&self.config, ffn, packed, &normed, work, &mut there)?,
                 None => {
-                    // The experts are the CPU's: their input goes there, their sum comes back.
-                    let input = normed.download_at(0, t * width)?;
-                    let mut sum = buffers.take(t * width);
-                    sum.fill(0.0);
-                    moe_layer::add(
-                        &self.config,
-                        &self.weights.layers[i].ffn,
-                        packed.quantize,
-                        &input,
-                        buffers,
-                        &mut sum,
-                    )?;
-                    normed.write_at(0, &sum)?;
-                    buffers.give(sum);
-                    device_layers::add_rows(&mut there, &normed, [t, width], &work.stream)?;
+                    let (Some(here), Ffn::Moe(w)) = (&layer.split, &self.weights.layers[i].ffn) else {
+                        return Err(Error::argument("state", "is of a model with other layer kinds"));
+                    };
+                    let (streaming, memory) = (o.placement.streaming, (&mut *work, &mut *buffers));
+                    cpu_experts::add(&self.config, here, w, streaming, packed, &mut normed, memory, &mut there)?;
                 }
             }
         }

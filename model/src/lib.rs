@@ -14,6 +14,7 @@
 //! | [`chat`], [`stop`] | a conversation as text, and where its turns end |
 //! | [`session`] | one sequence that is read and continued |
 //! | [`prompt_cache`] | a session as a file |
+//! | [`streaming`] | experts in the CPU's memory, computed on a device |
 //! | [`perplexity`] | likelihood of a text, divergence of two sets of logits |
 //! | [`quantize`] | a model with its matrices in another type |
 //! | [`synth`] | random weights in the real shapes |
@@ -23,6 +24,8 @@ mod attention_layer;
 mod cache;
 pub mod chat;
 pub mod config;
+#[cfg(feature = "device")]
+mod cpu_experts;
 mod delta_layer;
 #[cfg(feature = "device")]
 mod device_layers;
@@ -42,11 +45,13 @@ pub mod offload;
 pub mod perplexity;
 pub mod prompt_cache;
 pub mod quantize;
+mod repeat;
 pub mod safetensors;
 pub mod session;
 mod source;
 pub mod state;
 pub mod stop;
+pub mod streaming;
 pub mod synth;
 pub mod tokenizer;
 mod ubatch;

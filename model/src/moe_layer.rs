@@ -64,6 +64,22 @@ pub(crate) fn add(
     Ok(())
 }
 
+/// x += routed experts(normed), for a routing that was made elsewhere.
+#[cfg(feature = "device")]
+pub(crate) fn add_routed(
+    w: &crate::weights::Moe,
+    routing: &Routing,
+    quantize: bool,
+    normed: &[f32],
+    buffers: &mut Buffers,
+    x: &mut [f32],
+) -> Result<(), Error> {
+    let input = Input::new(normed, w.gate.cols(), quantize, [&w.gate, &w.up], buffers)?;
+    feed(&w.gate, &w.up, &w.down, routing, &input, buffers, x)?;
+    input.give(buffers);
+    Ok(())
+}
+
 fn feed(
     gate: &Tensor,
     up: &Tensor,

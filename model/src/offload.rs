@@ -1,7 +1,9 @@
 //! Layers on a CUDA device: which ones, and their weights there.
 
+use crate::cache::CacheTypes;
 use crate::config::Config;
 use crate::error::Error;
+use crate::streaming::Streaming;
 use crate::weights::{self, Ffn, Mixer, Tensor, Weights};
 use qwen3next_kernels::device::{Buffer, Cuda, Device};
 use qwen3next_kernels::{DType, Weight};
@@ -11,13 +13,21 @@ use qwen3next_kernels::{DType, Weight};
 pub struct Placement {
     /// Layers, the last ones first; more than the model has: the output matrix too.
     pub layers: usize,
-    /// Of the first so many layers the experts stay in the CPU's memory and are computed there.
+    /// Of the first so many layers the routed experts stay in the CPU's memory.
     pub cpu_experts: usize,
+    /// How those are computed.
+    pub streaming: Streaming,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Placement::ALL
+    }
 }
 
 impl Placement {
     /// All of it.
-    pub const ALL: Placement = Placement { layers: usize::MAX, cpu_experts: 0 };
+    pub const ALL: Placement = Placement { layers: usize::MAX, cpu_experts: 0, streaming: Streaming::DEFAULT };
 
     /// Layers of `config` that lie on the device: from this one on.
     pub(crate) fn first(&self, config: &Config) -> usize {
@@ -77,8 +87,10 @@ pub(crate) struct Layer {
     pub attn_norm: Buffer<f32>,
     pub post_attention_norm: Buffer<f32>,
     pub mixer: DeviceMixer,
-    /// `None`: the CPU has it.
+    /// `None`: the CPU has the routed experts.
     pub ffn: Option<DeviceFfn>,
+    /// What lies here where the CPU has the routed experts.
+    pub split: Option<Split>,
 }
 
 #[derive(Debug)]
@@ -125,6 +137,14 @@ pub(crate) struct DeviceFfn {
     pub shared: Option<(Swiglu, Buffer<f32>)>,
 }
 
+/// A feed-forward without its routed experts.
+#[derive(Debug)]
+pub(crate) struct Split {
+    pub router: Matrix,
+    /// The shared expert and its gate.
+    pub shared: Option<(Swiglu, Buffer<f32>)>,
+}
+
 /// The output norm and matrix.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -136,6 +156,7 @@ pub(crate) struct Output {
 #[derive(Debug)]
 pub(crate) struct Offloaded {
     pub device: Device,
+    pub placement: Placement,
     pub first: usize,
     pub layers: Vec<Layer>,
     pub output: Option<Output>,
@@ -152,20 +173,20 @@ impl Offloaded {
     ) -> Result<Offloaded, Error> {
         let first = placement.first(config);
         let on_cpu = |i: usize| i < placement.cpu_experts;
-        let chosen = || weights.layers.iter().enumerate().skip(first);
         let with_output = placement.layers > config.layers.len();
-        let mut total: u64 = chosen().flat_map(|(i, l)| matrices(l, !on_cpu(i))).map(|w| w.packed_bytes() as u64).sum();
-        total += if with_output { weights.output.packed_bytes() as u64 } else { 0 };
+        let total = expect_room(config, weights, device, placement)?;
         let mut done = 0;
         let mut matrix = |w: &Tensor, part: &str| {
-            let uploaded = Matrix::upload(device, w).map_err(|e| no_room(e, part, done, total))?;
+            let uploaded = Matrix::upload(device, w).map_err(|e| {
+                Error::argument("device", format!("{e}: {part} came after {done} of {total} bytes of weights"))
+            })?;
             done += w.packed_bytes() as u64;
             progress(done, total);
             Ok::<_, Error>(uploaded)
         };
         let vector = |values: &[f32]| device.upload(values);
         let mut layers = Vec::new();
-        for (i, layer) in chosen() {
+        for (i, layer) in weights.layers.iter().enumerate().skip(first) {
             let mixer = match &layer.mixer {
                 Mixer::Delta(w) => DeviceMixer::Delta(Box::new(Delta {
                     qkv: matrix(&w.qkv, "the projections")?,
@@ -193,27 +214,28 @@ impl Offloaded {
                     down: matrix(&w.down, "the feed-forward")?,
                 })
             };
-            let ffn = match &layer.ffn {
-                _ if on_cpu(i) => None,
-                Ffn::Dense(w) => Some(DeviceFfn { router: None, experts: swiglu(w)?, shared: None }),
+            let (ffn, split) = match &layer.ffn {
+                Ffn::Dense(w) => (Some(DeviceFfn { router: None, experts: swiglu(w)?, shared: None }), None),
                 Ffn::Moe(w) => {
                     let shared = w.shared.as_ref();
                     let shared =
                         shared.map(|s| Ok::<_, Error>((swiglu(&s.expert)?, vector(&s.gate_vec)?))).transpose()?;
-                    Some(DeviceFfn {
-                        experts: Swiglu {
+                    let router = matrix(&w.router, "the router")?;
+                    if on_cpu(i) {
+                        (None, Some(Split { router, shared }))
+                    } else {
+                        let experts = Swiglu {
                             gate: matrix(&w.gate, "the experts")?,
                             up: matrix(&w.up, "the experts")?,
                             down: matrix(&w.down, "the experts")?,
-                        },
-                        router: Some(matrix(&w.router, "the router")?),
-                        shared,
-                    })
+                        };
+                        (Some(DeviceFfn { router: Some(router), experts, shared }), None)
+                    }
                 }
             };
             let attn_norm = vector(&layer.attn_norm)?;
             let post_attention_norm = vector(&layer.post_attention_norm)?;
-            layers.push(Layer { attn_norm, post_attention_norm, mixer, ffn });
+            layers.push(Layer { attn_norm, post_attention_norm, mixer, ffn, split });
         }
         let output = match with_output {
             true => Some(Output {
@@ -222,40 +244,139 @@ impl Offloaded {
             }),
             false => None,
         };
-        Ok(Offloaded { device: device.clone(), first, layers, output })
+        Ok(Offloaded { device: device.clone(), placement, first, layers, output })
     }
 
     /// The weights of layer `i` where it lies on the device.
     pub fn layer(&self, i: usize) -> Option<&Layer> {
         self.layers.get(i.checked_sub(self.first)?)
     }
-}
 
-/// The matrices of a layer that go to the device.
-fn matrices(layer: &weights::Layer, with_ffn: bool) -> Vec<&Tensor> {
-    let mut all = match &layer.mixer {
-        Mixer::Delta(w) => vec![&w.qkv, &w.z, &w.ba, &w.out],
-        Mixer::Attention(w) => vec![&w.q, &w.k, &w.v, &w.o],
-    };
-    if with_ffn {
-        match &layer.ffn {
-            Ffn::Dense(w) => all.extend([&w.gate, &w.up, &w.down]),
-            Ffn::Moe(w) => {
-                all.extend([&w.router, &w.gate, &w.up, &w.down]);
-                all.extend(w.shared.iter().flat_map(|s| [&s.expert.gate, &s.expert.up, &s.expert.down]));
+    /// The states and caches of so many sequences fit beside what lies there. Error: they do not; it names the smallest
+    /// `--n-cpu-moe` that makes room.
+    pub fn expect_room_for_state(
+        &self,
+        config: &Config,
+        weights: &Weights,
+        [slots, capacity]: [usize; 2],
+        cache: CacheTypes,
+    ) -> Result<(), Error> {
+        let bytes = state_bytes(config, self.first, [slots, capacity], cache)?;
+        let free = self.device.free_memory()?;
+        if bytes <= free {
+            return Ok(());
+        }
+        let what = format!("states and caches of {slots} x {capacity} tokens take {bytes} bytes, {free} are free");
+        Err(Error::argument("context", format!("{what}; {}", self.advice(weights, bytes - free))))
+    }
+
+    /// Names what working memory was for, where there was none.
+    pub fn working_memory(&self, weights: &Weights, tokens: usize, e: Error) -> Error {
+        match e {
+            Error::Kernel(qwen3next_kernels::Error::Device { operator: "buffer", report })
+                if report.contains("out of memory") =>
+            {
+                let what = format!("working memory of {tokens} tokens: {report}");
+                Error::argument("ubatch", format!("{what}; a smaller one takes less, and {}", self.advice(weights, 1)))
             }
+            other => other,
         }
     }
-    all
+
+    /// What frees so many bytes more.
+    fn advice(&self, weights: &Weights, bytes: u64) -> String {
+        let mut freed = 0;
+        for (i, layer) in weights.layers.iter().enumerate().skip(self.first.max(self.placement.cpu_experts)) {
+            freed += Bytes::of(layer).experts;
+            if freed >= bytes {
+                return format!("--n-cpu-moe {} is the smallest that makes room", i + 1);
+            }
+        }
+        "no --n-cpu-moe makes room, fewer layers (-ngl) do".into()
+    }
 }
 
-/// Names the part that did not fit.
-fn no_room(error: Error, part: &str, done: u64, total: u64) -> Error {
-    Error::argument(
-        "device",
-        format!(
-            "{error}: {part} came after {done} of {total} bytes of weights; fewer layers (-ngl) or more experts on the CPU \
-             (--n-cpu-moe) take less, and `fit` reckons how many"
-        ),
-    )
+/// What a layer takes of the device.
+struct Bytes {
+    mixer: u64,
+    /// Router and shared expert, or a dense feed-forward.
+    dense: u64,
+    /// Routed experts.
+    experts: u64,
+}
+
+impl Bytes {
+    fn of(layer: &weights::Layer) -> Bytes {
+        let sum = |all: &[&Tensor]| all.iter().map(|w| w.packed_bytes() as u64).sum::<u64>();
+        let floats = |all: &[&[f32]]| all.iter().map(|v| size_of_val(*v) as u64).sum::<u64>();
+        let mixer = match &layer.mixer {
+            Mixer::Delta(w) => sum(&[&w.qkv, &w.z, &w.ba, &w.out]) + floats(&[&w.conv, &w.dt_bias, &w.a, &w.norm]),
+            Mixer::Attention(w) => sum(&[&w.q, &w.k, &w.v, &w.o]) + floats(&[&w.q_norm, &w.k_norm]),
+        };
+        let (dense, experts) = match &layer.ffn {
+            Ffn::Dense(w) => (sum(&[&w.gate, &w.up, &w.down]), 0),
+            Ffn::Moe(w) => {
+                let shared = w
+                    .shared
+                    .as_ref()
+                    .map_or(0, |s| sum(&[&s.expert.gate, &s.expert.up, &s.expert.down]) + floats(&[&s.gate_vec]));
+                (sum(&[&w.router]) + shared, sum(&[&w.gate, &w.up, &w.down]))
+            }
+        };
+        let norms = floats(&[&layer.attn_norm, &layer.post_attention_norm]);
+        Bytes { mixer: mixer + norms, dense, experts }
+    }
+}
+
+/// Bytes of the weights, where they fit into what is free. Error: they do not; it names the first part that does not, and
+/// the smallest `--n-cpu-moe`, or `-ngl`, that fits.
+fn expect_room(config: &Config, weights: &Weights, device: &Device, placement: Placement) -> Result<u64, Error> {
+    let free = device.free_memory()?;
+    let layers: Vec<Bytes> = weights.layers.iter().map(Bytes::of).collect();
+    let parts = |first: usize, cpu_experts: usize| {
+        let mut parts = Vec::new();
+        for (i, layer) in layers.iter().enumerate().skip(first) {
+            parts.push((format!("the mixer of layer {i}"), layer.mixer));
+            parts.push((format!("the feed-forward of layer {i}"), layer.dense));
+            parts.push((format!("the experts of layer {i}"), if i < cpu_experts { 0 } else { layer.experts }));
+        }
+        if placement.layers > layers.len() {
+            let bytes = weights.output.packed_bytes() + size_of_val(&weights.output_norm[..]);
+            parts.push(("the output matrix".into(), bytes as u64));
+        }
+        parts
+    };
+    let total = |first, cpu_experts| parts(first, cpu_experts).iter().map(|(_, bytes)| bytes).sum::<u64>();
+    let first = placement.first(config);
+    let needed = total(first, placement.cpu_experts);
+    if needed <= free {
+        return Ok(needed);
+    }
+    let mut sum = 0;
+    let part = parts(first, placement.cpu_experts).into_iter().find(|(_, bytes)| {
+        sum += bytes;
+        sum > free
+    });
+    let part = part.map_or(String::new(), |(part, _)| part);
+    let advice = match (placement.cpu_experts..=layers.len()).find(|&n| total(first, n) <= free) {
+        Some(n) => format!("--n-cpu-moe {n} is the smallest that fits"),
+        None => {
+            let fewer = (first..=layers.len()).find(|&first| total(first, layers.len()) <= free);
+            let most = fewer.map_or(0, |first| layers.len() - first);
+            format!("they do not fit with all experts on the CPU either, -ngl {most} would")
+        }
+    };
+    let what = format!("no room for {part}: {free} bytes are free, the weights take {needed}");
+    Err(Error::argument("device", format!("{what}; {advice}, caches and activations not counted (`fit` does)")))
+}
+
+/// Bytes of the states and caches of the layers from `first` on.
+fn state_bytes(config: &Config, first: usize, [slots, capacity]: [usize; 2], cache: CacheTypes) -> Result<u64, Error> {
+    let mut here = config.clone();
+    here.layers.drain(..first.min(config.layers.len()));
+    let keys = cache.bytes_per_token(&here).and_then(|bytes| bytes.checked_mul(capacity));
+    let slot = keys.and_then(|bytes| bytes.checked_add(here.state_bytes()));
+    let all = slot.and_then(|bytes| bytes.checked_mul(slots));
+    all.map(|bytes| bytes as u64)
+        .ok_or_else(|| Error::argument("context", format!("{slots} slots of {capacity} tokens are too large")))
 }
