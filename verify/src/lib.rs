@@ -6,7 +6,7 @@
 //! so where a kernel kills the process, [`timing`] measures variants side by side, on the calls of [`timed`] and under the
 //! roofs that [`peaks`] finds, [`drift`] follows the delta rule's error over long sequences, [`mutants`] holds the bugs that
 //! the suites must notice, [`plugin`] loads variants from shared libraries, [`report`] writes JSON and HTML, `record` writes cases
-//! for machines without Rust, [`memory`] plans what fits where, [`llama_bench`] reads what other engines' benchmarks print.
+//! for machines without Rust, [`memory`] plans what fits where, with what [`working`] says of a ubatch, [`llama_bench`] reads what other engines' benchmarks print.
 
 pub mod buffer;
 pub mod cases;
@@ -25,3 +25,4 @@ pub mod report;
 pub mod suite;
 pub mod timed;
 pub mod timing;
+pub mod working;

@@ -1,12 +1,14 @@
 //! What a model takes of memory, part by part: of loaded weights, or of a config alone.
 
+use crate::working::Working;
 use qwen3next_kernels::DType;
 use qwen3next_model::config::{AttentionConfig, Config, DeltaConfig, HeadMap, LayerKind, Mlp, MoeConfig};
+use qwen3next_model::streaming::Streaming;
 use qwen3next_model::weights::{Ffn, Mixer, Swiglu, Tensor};
 use qwen3next_model::{CacheTypes, Weights};
 
-/// Bytes of one layer's weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Bytes and types of one layer's weights.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layer {
     /// DeltaNet, or attention, with its norm.
     pub mixer: u64,
@@ -16,6 +18,16 @@ pub struct Layer {
     pub experts: u64,
     /// The mixer is full attention.
     pub attention: bool,
+    /// Of the matrices that the mixer's input meets.
+    pub mixer_types: Vec<DType>,
+    /// Of the matrix behind the mixer.
+    pub out_type: DType,
+    /// `None`: a dense feed-forward.
+    pub router: Option<DType>,
+    /// Of gate, up and down: of the experts, or of a dense feed-forward.
+    pub expert_types: [DType; 3],
+    /// The same of the shared expert.
+    pub shared: Option<[DType; 3]>,
 }
 
 /// Bytes of a model's weights.
@@ -25,6 +37,8 @@ pub struct Sizes {
     pub embedding: u64,
     /// The output projection with its norm; in tied models the embedding again, where it is a copy.
     pub output: u64,
+    /// Type of the output projection.
+    pub output_type: DType,
     /// The output projection is the embedding.
     pub tied: bool,
     /// Every layer.
@@ -66,7 +80,19 @@ impl Sizes {
         let tensor = |t: &Tensor| t.packed_bytes() as u64;
         let vector = |v: &[f32]| F32 * v.len() as u64;
         let swiglu = |w: &Swiglu| [&w.gate, &w.up, &w.down].into_iter().map(tensor).sum::<u64>();
+        let types = |w: &Swiglu| [w.gate.dtype(), w.up.dtype(), w.down.dtype()];
         let layers = weights.layers.iter().map(|layer| {
+            let (read, out) = match &layer.mixer {
+                Mixer::Delta(w) => ([&w.qkv, &w.z, &w.ba], &w.out),
+                Mixer::Attention(w) => ([&w.q, &w.k, &w.v], &w.o),
+            };
+            let (router, expert_types, shared) = match &layer.ffn {
+                Ffn::Dense(w) => (None, types(w), None),
+                Ffn::Moe(w) => {
+                    let own = [w.gate.dtype(), w.up.dtype(), w.down.dtype()];
+                    (Some(w.router.dtype()), own, w.shared.as_ref().map(|s| types(&s.expert)))
+                }
+            };
             let mixer = match &layer.mixer {
                 Mixer::Delta(w) => {
                     [&w.qkv, &w.z, &w.ba, &w.out].into_iter().map(tensor).sum::<u64>()
@@ -90,11 +116,17 @@ impl Sizes {
                 dense: dense + vector(&layer.post_attention_norm),
                 experts,
                 attention: matches!(layer.mixer, Mixer::Attention(_)),
+                mixer_types: read.map(Tensor::dtype).to_vec(),
+                out_type: out.dtype(),
+                router,
+                expert_types,
+                shared,
             }
         });
         Sizes {
             embedding: tensor(&weights.token_embd),
             output: tensor(&weights.output) + vector(&weights.output_norm),
+            output_type: weights.output.dtype(),
             tied: config.tied,
             layers: layers.collect(),
         }
@@ -137,12 +169,18 @@ impl Sizes {
                 dense: dense + vector(e),
                 experts,
                 attention: *kind == LayerKind::Attention,
+                mixer_types: vec![quant; 3],
+                out_type: quant,
+                router: (*mlp == Mlp::Moe).then_some(DType::F32),
+                expert_types: [quant; 3],
+                shared: (*mlp == Mlp::Moe && m.shared_ff > 0).then_some([quant; 3]),
             });
         }
         let output = if config.tied || quant != DType::Q4_K { quant } else { DType::Q6_K };
         Ok(Sizes {
             embedding: matrix(config.vocab, e, quant)?,
             output: matrix(config.vocab, e, output)? + vector(e),
+            output_type: output,
             tied: config.tied,
             layers,
         })
@@ -166,6 +204,26 @@ pub struct Use {
     pub cache: CacheTypes,
     /// Bytes that driver, kernels and libraries take of the GPU.
     pub reserve: u64,
+    /// Layers on the GPU, the last ones first; more than there are: the output projection too.
+    pub gpu_layers: usize,
+    /// How experts in the CPU's memory are computed.
+    pub streaming: Streaming,
+    /// Quantised weights meet 8-bit activations.
+    pub quantize: bool,
+    /// Rows of logits that a ubatch yields at most: 1, or all its tokens.
+    pub logits: usize,
+}
+
+impl Use {
+    /// The first layer on the GPU.
+    pub fn first_on_gpu(&self, sizes: &Sizes) -> usize {
+        sizes.layers.len().saturating_sub(self.gpu_layers)
+    }
+
+    /// The output projection is on the GPU.
+    pub fn output_on_gpu(&self, sizes: &Sizes) -> bool {
+        self.gpu_layers > sizes.layers.len()
+    }
 }
 
 /// A part of the memory.
@@ -194,24 +252,40 @@ impl Plan {
         let token =
             of.cache.bytes_per_token(config).ok_or_else(|| format!("a cache of {} does not suit", of.cache.k))?;
         let kv = (token as u64).checked_mul(of.context as u64).ok_or("the cache is beyond counting")?;
-        let sum = |of: &dyn Fn(&Layer) -> u64| sizes.layers.iter().map(of).sum::<u64>();
-        let at_cpu: u64 = sizes.layers.iter().take(n_cpu_moe).map(|l| l.experts).sum();
+        let first = of.first_on_gpu(sizes);
+        // Layer by layer, here or there.
+        let split = |name, bytes: &dyn Fn(&Layer) -> u64, here: &dyn Fn(usize) -> bool| {
+            let mut part = Part { name, gpu: 0, host: 0 };
+            for (i, layer) in sizes.layers.iter().enumerate() {
+                *(if here(i) { &mut part.gpu } else { &mut part.host }) += bytes(layer);
+            }
+            part
+        };
+        let on_gpu = |i: usize| i >= first;
+        let output = |here: bool| if of.output_on_gpu(sizes) == here { sizes.output } else { 0 };
+        let attention = config.count(LayerKind::Attention).max(1) as u64;
+        let delta = config.count(LayerKind::Delta).max(1) as u64;
+        let state = config.state_bytes() as u64 / delta;
         let gpu = |name, bytes| Part { name, gpu: bytes, host: 0 };
-        Ok(Plan {
-            n_cpu_moe,
-            parts: vec![
-                Part { name: "embedding", gpu: 0, host: sizes.embedding },
-                gpu("output projection", sizes.output),
-                gpu("attention", sum(&|l| if l.attention { l.mixer } else { 0 })),
-                gpu("DeltaNet", sum(&|l| if l.attention { 0 } else { l.mixer })),
-                gpu("routers, shared experts, dense", sum(&|l| l.dense)),
-                Part { name: "routed experts", gpu: sum(&|l| l.experts) - at_cpu, host: at_cpu },
-                gpu("KV cache", kv),
-                gpu("recurrent state", config.state_bytes() as u64),
-                gpu("activations of a ubatch", activations(config, of.ubatch)),
-                gpu("reserve", of.reserve),
-            ],
-        })
+        let working = Working::of(sizes, config, of, n_cpu_moe);
+        let mut parts = vec![
+            Part { name: "embedding", gpu: 0, host: sizes.embedding },
+            Part { name: "output projection", gpu: output(true), host: output(false) },
+            split("attention", &|l| if l.attention { l.mixer } else { 0 }, &on_gpu),
+            split("DeltaNet", &|l| if l.attention { 0 } else { l.mixer }, &on_gpu),
+            split("routers, shared experts, dense", &|l| l.dense, &on_gpu),
+            split("routed experts", &|l| l.experts, &|i| on_gpu(i) && i >= n_cpu_moe),
+            split("KV cache", &|l| if l.attention { kv / attention } else { 0 }, &on_gpu),
+            split("recurrent state", &|l| if l.attention { 0 } else { state }, &on_gpu),
+            gpu("activations of a ubatch", working.activations),
+            gpu("logits", working.logits),
+            gpu("scratch of kernels", working.scratch),
+        ];
+        if working.staged > 0 {
+            parts.push(gpu("experts copied for a ubatch", working.staged));
+        }
+        parts.push(gpu("reserve", of.reserve));
+        Ok(Plan { n_cpu_moe, parts })
     }
 
     /// The fewest layers whose experts must leave a GPU of so many bytes; `None`: it does not fit even without any.
@@ -234,22 +308,4 @@ impl Plan {
     pub fn host(&self) -> u64 {
         self.parts.iter().map(|p| p.host).sum()
     }
-}
-
-/// Bytes that `t` tokens' activations take at most: the residual stream, the larger mixer, the feed-forward, the logits of
-/// the last token.
-pub fn activations(config: &Config, t: usize) -> u64 {
-    let (e, a, d, m) = (config.hidden, &config.attention, &config.delta, &config.moe);
-    // qkv before and after the convolution (its rows a cache line apart), z, o, β and α, the gates, the projection.
-    let delta = 2 * d.conv_channels() + 16 + 2 * d.value_channels() + 4 * d.v_heads + e;
-    let attention = (3 * a.heads + 2 * a.kv_heads) * a.head_dim + e;
-    let mixer = |kind, floats: usize| if config.count(kind) > 0 { floats } else { 0 };
-    let mixer = mixer(LayerKind::Delta, delta).max(mixer(LayerKind::Attention, attention));
-    // Hidden values in f32 and in 8 bits with a scale for 32; a choice has its expert, weight, token and place.
-    let hidden =
-        (m.top_k * m.ff).max(m.shared_ff).max(if config.mlp.contains(&Mlp::Dense) { config.dense_ff } else { 0 });
-    let floats = 2 * e + mixer + m.experts + 1 + hidden;
-    let eighths = (e + d.value_channels().max(a.heads * a.head_dim) + hidden) * 36 / 32;
-    let choices = (m.top_k + 1) * 32;
-    t as u64 * (F32 * floats as u64 + (eighths + choices) as u64) + F32 * config.vocab as u64
 }

@@ -236,6 +236,8 @@ fn what_is_not_there_or_makes_no_sense_is_one_line() {
         ("bench model --fused-delta 3", "--fused-delta 3"),
         ("bench model -m no-such-file.gguf", "no-such-file.gguf"),
         ("bench model --n-promt 4", "--n-prompt"),
+        ("bench model --repeat-layers 6", "is 6, expected a multiple of the file's 4 layers"),
+        ("bench model --op-offload maybe", "--op-offload"),
         ("bench op nonsense", "nonsense"),
         ("bench op norm --heads 2/4", "--heads"),
         ("bench op norm --dtype q4_k", "--dtype q4_k"),
@@ -261,6 +263,38 @@ fn what_is_not_there_or_makes_no_sense_is_one_line() {
         assert!(lines[0].starts_with("error: ") && lines[0].contains(names), "{line}: {text}");
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// Commands with a model take the same options of where its layers lie.
+#[test]
+fn placement_is_said_the_same_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("x.npy").display().to_string();
+    let text = folder.path().join("x.txt").display().to_string();
+    std::fs::write(&text, "In the beginning").unwrap();
+    let logits = format!("logits --tokens 1,2 --out {out}");
+    let perplexity = format!("perplexity -f {text} -c 4");
+    let place = match cfg!(feature = "cuda-host") {
+        true => "-ngl 99 -ncmoe 3 --device executor",
+        false => "-ngl 0 -ncmoe 0",
+    };
+    for command in [
+        "bench model -p 2 -n 1 -r 1 --no-warmup",
+        "sweep -p 2 -n 1 -r 1 -b 2 -ub 2",
+        &logits,
+        &perplexity,
+        "generate -p a -n 1",
+    ] {
+        for how in ["--op-offload on -no-ooae", "--op-offload=on --no-offload-only-active-experts", "--no-op-offload"] {
+            stdout(&format!("{command} {place} {how}"));
+        }
+    }
+    let rows = json("bench model -p 2 -n 0 -r 1 --no-warmup --no-op-offload --repeat-layers 8 -o json");
+    let once = json("bench model -p 2 -n 0 -r 1 --no-warmup -o json");
+    assert_eq!((rows[0]["no_op_offload"].as_u64(), rows[0]["repeat_layers"].as_u64()), (Some(1), Some(8)));
+    assert!(once[0]["repeat_layers"].is_null());
+    let size = |rows: &Value| rows[0]["model_n_params"].as_u64().unwrap();
+    assert!(size(&rows) > size(&once) && size(&rows) < 2 * size(&once));
 }
 
 /// Where this build or machine has no GPU: one line, no failure.

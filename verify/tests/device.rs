@@ -486,10 +486,262 @@ fn models_run_on_a_device() {
         let expected = logits(&open());
         for (layers, cpu_experts) in [(0, 0), (1, 0), (2, 3), (usize::MAX, 2), (usize::MAX, usize::MAX)] {
             let mut model = open();
-            model.offload(device, Placement { layers, cpu_experts }, &mut |_, _| ()).unwrap();
+            let placement = Placement { layers, cpu_experts, ..Placement::ALL };
+            model.offload(device, placement, &mut |_, _| ()).unwrap();
             assert_near(&logits(&model), &expected);
         }
     }
+}
+
+/// Models with their experts in the CPU's memory: the embedded one, and files.
+mod experts_on_the_cpu {
+    use super::*;
+    use qwen3next_model::forward::{Activations, Options};
+    use qwen3next_model::offload::Placement;
+    use qwen3next_model::streaming::{Streaming, When};
+    use qwen3next_model::synth::{synth, Synth};
+    use qwen3next_model::{Batch, CacheTypes, Loaded, Model};
+    use qwen3next_verify::memory::{Plan, Sizes, Use};
+
+    fn golden(name: &str) -> Loaded {
+        let folder = format!("{}/golden/models/{name}", env!("CARGO_MANIFEST_DIR"));
+        qwen3next_model::load(folder.as_ref(), Default::default(), &mut |_| ()).unwrap()
+    }
+
+    /// Layers of a few MB, experts and all.
+    fn tiny(layers: usize) -> Loaded {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tiny.gguf");
+        synth(&path, &Synth { layers, tiny: true, ..Default::default() }, &mut |_| ()).unwrap();
+        let read = qwen3next_model::file::Options { mmap: false };
+        qwen3next_model::load(&path, read, &mut |_| ()).unwrap()
+    }
+
+    fn model(loaded: Loaded, device: &Device, placement: Placement) -> Model {
+        let mut model = Model::new(loaded.config, loaded.weights);
+        model.offload(device, placement, &mut |_, _| ()).unwrap();
+        model
+    }
+
+    fn placed(cpu_experts: usize, when: When, only_active: bool) -> Placement {
+        Placement { cpu_experts, streaming: Streaming { when, only_active }, ..Placement::ALL }
+    }
+
+    fn logits(model: &Model, tokens: usize, options: &Options) -> Vec<f32> {
+        let mut state = model.state(1, 64, Default::default()).unwrap();
+        let vocab = model.config().vocab as u32;
+        let tokens: Vec<u32> = (0..tokens as u32).map(|i| i * 7 % vocab).collect();
+        model.forward(&mut state, &Batch::one(0, &tokens).logits_from(0), options).unwrap()
+    }
+
+    /// Copied to the device they are computed as if they lay there, bit for bit; the CPU's results are near.
+    #[test]
+    fn streamed_or_not_they_give_the_same() {
+        for device in devices() {
+            for (open, activations) in [
+                (&(|| golden("ratio3")) as &dyn Fn() -> Loaded, Activations::F32),
+                (&|| golden("dense_mix"), Activations::F32),
+                (&|| qwen3next_model::embedded::load().unwrap(), Activations::Q8),
+            ] {
+                let options = Options { ubatch: 7, activations, ..Options::default() };
+                let run = |placement| logits(&model(open(), &device, placement), 12, &options);
+                let there = run(Placement::ALL);
+                for only_active in [true, false] {
+                    assert_eq!(run(placed(usize::MAX, When::Always, only_active)), there);
+                }
+                assert_near_quantised(&run(placed(usize::MAX, When::Never, true)), &there, activations);
+                assert_near_quantised(&run(placed(1, When::Auto, true)), &there, activations);
+                let mut model = model(open(), &device, placed(usize::MAX, When::Always, true));
+                model.repack(&mut |_, _| ());
+                assert_eq!(logits(&model, 12, &options), there);
+            }
+        }
+    }
+
+    /// Where 8-bit activations differ by a rounding, results do by more.
+    fn assert_near_quantised(got: &[f32], expected: &[f32], activations: Activations) {
+        match activations {
+            Activations::F32 => assert_near(got, expected),
+            Activations::Q8 => {
+                let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 0.02 * largest));
+            }
+        }
+    }
+
+    /// What is told before anything is copied: the part, and what would fit.
+    #[cfg(feature = "cuda-host")]
+    #[test]
+    fn too_little_memory_is_told_before_the_upload() {
+        let offload = |device: &Device, placement| {
+            let loaded = tiny(8);
+            let mut model = Model::new(loaded.config, loaded.weights);
+            model.offload(device, placement, &mut |_, _| ()).map(|()| model)
+        };
+        let weights = |n| {
+            let device = Device::executor();
+            let _model = offload(&device, placed(n, When::Never, true)).unwrap();
+            device.allocated()
+        };
+        let experts = weights(2) - weights(3);
+        assert_eq!(weights(0) - weights(2), 2 * experts);
+        let device = Device::executor_with(weights(3) + experts / 2);
+        for n in [0, 2] {
+            let why = offload(&device, placed(n, When::Never, true)).err().unwrap().to_string();
+            assert!(why.starts_with("device: no room for the ") && why.contains(" of layer "), "{why}");
+            assert!(why.contains("--n-cpu-moe 3 is the smallest that fits"), "{why}");
+            assert_eq!(device.allocated(), 0);
+        }
+        let model = offload(&device, placed(3, When::Never, true)).unwrap();
+        let why = model.state(1, 64, CacheTypes::default()).unwrap_err().to_string();
+        assert!(why.starts_with("context: states and caches of 1 x 64 tokens take "), "{why}");
+        assert!(why.contains("--n-cpu-moe 4 is the smallest that makes room"), "{why}");
+        drop(model);
+        assert_eq!(device.allocated(), 0);
+
+        let device = Device::executor_with(weights(8) / 2);
+        let why = offload(&device, placed(0, When::Never, true)).err().unwrap().to_string();
+        assert!(why.contains("do not fit with all experts on the CPU either, -ngl "), "{why}");
+
+        // States fit, and then nothing is left.
+        let device = Device::executor();
+        let state = {
+            let model = offload(&device, placed(8, When::Never, true)).unwrap();
+            let _state = model.state(1, 64, CacheTypes::default()).unwrap();
+            device.allocated()
+        };
+        let model = offload(&Device::executor_with(state + 50_000), placed(8, When::Never, true)).unwrap();
+        let mut state = model.state(1, 64, CacheTypes::default()).unwrap();
+        let why = model.forward(&mut state, &Batch::one(0, &[1; 40]), &Options::default()).unwrap_err().to_string();
+        assert!(why.starts_with("ubatch: working memory of 40 tokens: out of memory: "), "{why}");
+    }
+
+    /// The parts of a plan are the bytes of the buffers that live after a prompt and a token.
+    #[cfg(feature = "cuda-host")]
+    #[test]
+    fn a_plan_is_what_is_allocated() {
+        let within = |got: u64, plan: u64, what: &str| {
+            assert!(got.abs_diff(plan) as f64 <= 0.03 * got as f64, "{what}: {got} bytes, planned {plan}");
+        };
+        let stream = |when, only_active| Streaming { when, only_active };
+        let auto = Streaming::DEFAULT;
+        let cases = [
+            // Layers, experts on the CPU, how, ubatch, context, tokens, quantised, f16 cache, all logits.
+            (usize::MAX, 0, auto, 16, 64, 20, true, false, false),
+            (usize::MAX, 0, auto, 9, 700, 12, false, true, true),
+            (usize::MAX, usize::MAX, auto, 16, 64, 20, true, false, false),
+            (usize::MAX, usize::MAX, stream(When::Always, true), 2, 300, 6, true, true, false),
+            (usize::MAX, 2, stream(When::Always, false), 16, 64, 20, true, false, true),
+            (2, 0, auto, 12, 128, 14, true, false, false),
+            (3, usize::MAX, auto, 12, 128, 14, false, false, false),
+        ];
+        for (name, open) in [
+            ("tiny", &(|| tiny(4)) as &dyn Fn() -> Loaded),
+            ("embedded", &|| qwen3next_model::embedded::load().unwrap()),
+        ] {
+            for (layers, cpu_experts, streaming, ubatch, context, tokens, quantize, half, all) in cases {
+                let loaded = open();
+                let (sizes, config) = (Sizes::of(&loaded.weights, &loaded.config), loaded.config.clone());
+                let kind = if half { DType::F16 } else { DType::F32 };
+                let cache = CacheTypes { k: kind, v: kind };
+                let logits = if all { ubatch } else { 1 };
+                let of = Use { context, ubatch, cache, reserve: 0, gpu_layers: layers, streaming, quantize, logits };
+                let plan = Plan::new(&sizes, &config, &of, cpu_experts).unwrap();
+                let part = |names: &[&str]| -> u64 {
+                    plan.parts.iter().filter(|p| names.contains(&p.name)).map(|p| p.gpu).sum()
+                };
+                let case = format!("{name}, {of:?}, {cpu_experts} experts' layers on the CPU");
+
+                let device = Device::executor();
+                let model = model(loaded, &device, Placement { layers, cpu_experts, streaming });
+                let weights = part(&[
+                    "output projection",
+                    "attention",
+                    "DeltaNet",
+                    "routers, shared experts, dense",
+                    "routed experts",
+                ]);
+                assert_eq!(device.allocated(), weights, "{case}: weights");
+                let mut state = model.state(1, context, cache).unwrap();
+                // A few words of the working memory are there at once.
+                within(device.allocated() - weights, part(&["KV cache", "recurrent state"]) + 24, &case);
+
+                let activations = if quantize { Activations::Q8 } else { Activations::F32 };
+                let options = Options { ubatch, activations, ..Options::default() };
+                let prompt: Vec<u32> = (0..tokens).map(|i| i * 5 % 300).collect();
+                let batch = Batch::one(0, &prompt).logits_from(if all { 0 } else { prompt.len() - 1 });
+                let before = device.allocated();
+                model.forward(&mut state, &batch, &options).unwrap();
+                model.forward(&mut state, &Batch::one(0, &[1]), &options).unwrap();
+                let working =
+                    ["activations of a ubatch", "logits", "scratch of kernels", "experts copied for a ubatch"];
+                within(device.allocated() - before, part(&working), &format!("{case}: working memory"));
+                within(device.allocated(), plan.gpu(), &case);
+            }
+        }
+    }
+
+    #[test]
+    fn repeated_layers_have_their_own_memory() {
+        for device in devices() {
+            let before = device.allocated();
+            let once = model(tiny(4), &device, placed(usize::MAX, When::Never, true));
+            let own = device.allocated() - before;
+            let mut loaded = tiny(4);
+            let output = Sizes::of(&loaded.weights, &loaded.config).output;
+            loaded.repeat_layers(12).unwrap();
+            let thrice = model(loaded, &device, placed(usize::MAX, When::Never, true));
+            assert_eq!(device.allocated() - before - own, 3 * own - 2 * output);
+            let run = |model: &Model| logits(model, 2, &Options::default());
+            assert_eq!(run(&thrice).len(), run(&once).len());
+            assert_ne!(run(&thrice), run(&once));
+        }
+    }
+}
+
+#[test]
+fn a_copy_lands_while_more_is_queued() -> Result<(), Error> {
+    use qwen3next_kernels::device::Landing;
+    for device in devices() {
+        let (stream, x) = (device.stream()?, fill(100, 50));
+        let (mut y, mut landing) = (device.upload(&x)?, Landing::on(&device)?);
+        assert_eq!(landing.wait()?, &[] as &[f32]);
+        for count in [40, 100, 0, 7] {
+            stream.land(&y, count, &mut landing)?;
+            layer::add::queue(
+                layer::add::Args { y: y.view_mut([1, 100])?, x: device.zeros(100)?.view([1, 100])? },
+                &stream,
+            )?;
+            assert_eq!(landing.wait()?, &x[..count]);
+        }
+        assert!(stream.land(&y, 101, &mut landing).unwrap_err().to_string().contains("count"));
+    }
+    Ok(())
+}
+
+/// Bytes of live buffers, and of one that grew only the new ones.
+#[test]
+fn buffers_are_counted() -> Result<(), Error> {
+    for device in devices() {
+        let before = device.allocated();
+        let (mut x, y) = (device.zeros::<f32>(10)?, device.upload(&[1u8; 3])?);
+        assert_eq!(device.clone().allocated() - before, 43);
+        x.reserve(20)?;
+        assert_eq!(device.allocated() - before, 83);
+        drop((x, y));
+        assert_eq!(device.allocated(), before);
+        assert!(device.free_memory()? > 0);
+    }
+    #[cfg(feature = "cuda-host")]
+    {
+        let device = Device::executor_with(100);
+        let x = device.zeros::<f32>(20)?;
+        assert_eq!((device.allocated(), device.free_memory()?), (80, 20));
+        assert!(device.zeros::<u8>(21).unwrap_err().to_string().contains("out of memory: 21 bytes, 20 are free"));
+        drop(x);
+        assert_eq!(device.zeros::<u8>(100)?.len(), 100);
+    }
+    Ok(())
 }
 
 /// What benches of a device do: one copy of the arguments, as many launches as asked for, and the outputs come back.

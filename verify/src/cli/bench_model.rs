@@ -7,6 +7,7 @@ use super::run_model::{
 use crate::Done;
 use anyhow::Context;
 use qwen3next_model::config::Mlp;
+use qwen3next_model::streaming::When;
 use qwen3next_verify::peaks::{Peaks, Roof, Unit};
 use qwen3next_verify::report::Machine;
 use serde_json::{json, Value};
@@ -52,6 +53,11 @@ pub struct Args {
     /// Layers whose experts stay on the CPU (-ncmoe).
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     n_cpu_moe: Vec<String>,
+    #[command(flatten)]
+    on: super::model::OnDevice,
+    /// A model of N layers out of a file with fewer: its layers again and again, each with its own memory on a GPU.
+    #[arg(long, value_name = "N")]
+    repeat_layers: Option<usize>,
     /// Weights in the file's memory map (-mmp).
     #[arg(long, value_name = "0|1")]
     mmap: Vec<String>,
@@ -124,6 +130,8 @@ impl Args {
                 model: model.clone(),
                 gpu_layers: String::new(),
                 cpu_moe: String::new(),
+                on: self.on.clone(),
+                repeat_layers: self.repeat_layers,
                 mmap: String::new(),
                 repack: String::new(),
                 activations: String::new(),
@@ -149,8 +157,8 @@ impl Args {
             all
         }
         // In llama-bench's order, which reloads a model as rarely as possible.
-        settings = each(settings, &gpu_layers(&self.gpu_layers)?, |s, v| s.gpu_layers = v);
-        settings = each(settings, &cpu_moe(&self.n_cpu_moe)?, |s, v| s.cpu_moe = v);
+        settings = each(settings, &gpu_layers(&self.gpu_layers, self.on.device)?, |s, v| s.gpu_layers = v);
+        settings = each(settings, &cpu_moe(&self.n_cpu_moe, self.on.device)?, |s, v| s.cpu_moe = v);
         settings = each(settings, &MMAP.parse(&self.mmap)?, |s, v| s.mmap = v);
         settings = each(settings, &REPACK.parse(&self.run_time_repack)?, |s, v| s.repack = v);
         settings = each(settings, &ACTIVATIONS.parse(&self.activations)?, |s, v| s.activations = v);
@@ -309,7 +317,7 @@ impl Test {
             ("tensor_buft_overrides", json!("none")),
             ("use_mmap", json!(s.mmap == "1")),
             ("embeddings", json!(false)),
-            ("no_op_offload", json!(0)),
+            ("no_op_offload", json!(u8::from(s.on.experts.op_offload == When::Never))),
             ("no_host", json!(false)),
             ("repack", json!(s.repack == "1")),
             ("activations", json!(s.activations)),
@@ -324,13 +332,15 @@ impl Test {
             ("samples_ns", json!(samples)),
             ("samples_ts", json!(speeds)),
             ("fused_delta", json!(s.fused_number())),
+            ("only_active_experts", json!(!s.on.experts.no_offload_only_active_experts)),
+            ("repeat_layers", json!(s.repeat_layers)),
         ];
         fields.extend(near.fields());
         let cells = vec![
             ("model", kind),
             ("size", in_units(size as f64, 1024.0, ["MiB", "GiB"])),
             ("params", in_units(parameters as f64, 1000.0, ["M", "B"])),
-            ("backend", "CPU".into()),
+            ("backend", if s.on_gpu() { "CUDA" } else { "CPU" }.into()),
             ("n_cpu_moe", s.cpu_moe.clone()),
             ("threads", s.threads.to_string()),
             ("n_batch", s.batch.to_string()),

@@ -6,6 +6,7 @@ use super::plot::{svg_of, Series};
 use crate::Done;
 use anyhow::{bail, ensure, Context};
 use qwen3next_kernels::DType;
+use qwen3next_model::forward::Activations;
 use qwen3next_model::{CacheTypes, Config};
 use qwen3next_verify::memory::{published, Plan, Sizes, Use};
 use serde_json::{json, Value};
@@ -30,6 +31,9 @@ pub struct Args {
     /// Of it, what driver and libraries take, in GiB.
     #[arg(long, value_name = "GIB", default_value_t = 0.5)]
     reserve: f64,
+    /// Layers on the GPU, the last ones first (-ngl); -1, or more than there are: all, and the output matrix.
+    #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
+    gpu_layers: i64,
     /// Layers whose experts stay on the CPU (-ncmoe): a number, or the smallest that fits.
     #[arg(long, value_name = "N|auto", default_value = "auto")]
     n_cpu_moe: String,
@@ -39,6 +43,14 @@ pub struct Args {
     /// Type of cached keys and values (-ctk).
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = model::cache_type)]
     cache_type_k: DType,
+    /// What quantised weights meet: 8 bits a value or f32.
+    #[arg(long, value_name = "q8|f32", default_value = "q8", value_parser = model::activations)]
+    activations: Activations,
+    #[command(flatten)]
+    experts: model::Experts,
+    /// A model of N layers out of the file's: its layers again and again.
+    #[arg(long, value_name = "N", requires = "model")]
+    repeat_layers: Option<usize>,
     /// Also draw the GPU's memory over --n-cpu-moe.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -66,13 +78,16 @@ fn planned(name: &str, config: Config, quant: &Option<String>) -> anyhow::Result
 fn sizes(args: &Args) -> anyhow::Result<(String, Config, Sizes)> {
     let Some(path) = &args.model else { return planned("80B-A3B", published(), &args.quant) };
     if path.extension().is_some_and(|e| e == "json") {
+        if let Some(n) = args.repeat_layers {
+            bail!("--repeat-layers {n}: {} has no weights, expected a GGUF file or a folder", path.display());
+        }
         let config = Config::parse_json(path, &super::read_text(path)?)?;
         return planned(&path.display().to_string(), config, &args.quant);
     }
     if let Some(quant) = &args.quant {
         bail!("--quant {quant}: {} has weights, whose types count", path.display());
     }
-    let loaded = model::load(Some(Path::new(path)))?;
+    let loaded = model::load_with(Some(Path::new(path)), true, args.repeat_layers)?;
     let config = loaded.model.config().clone();
     let sizes = Sizes::of(loaded.model.weights(), &config);
     Ok((loaded.name, config, sizes))
@@ -83,7 +98,16 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let plot = args.plot.as_deref().map(super::Output::create).transpose()?;
     let (name, config, sizes) = sizes(&args)?;
     let cache = CacheTypes { k: args.cache_type_k, v: args.cache_type_k };
-    let of = Use { context: args.ctx as usize, ubatch: args.ubatch, cache, reserve };
+    let of = Use {
+        context: args.ctx as usize,
+        ubatch: args.ubatch,
+        cache,
+        reserve,
+        gpu_layers: usize::try_from(args.gpu_layers).unwrap_or(usize::MAX),
+        streaming: args.experts.streaming(),
+        quantize: args.activations == Activations::Q8,
+        logits: 1,
+    };
     let refused = |e: String| anyhow::anyhow!("{name}: {e}");
     let layers = sizes.layers.len();
     let smallest = Plan::smallest(&sizes, &config, &of, vram).map_err(refused)?;
@@ -102,7 +126,8 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         None => Plan::new(&sizes, &config, &of, layers).map_err(refused)?,
     };
     let document = json!({
-        "model": name, "ctx": args.ctx, "n_ubatch": args.ubatch, "cache_type": args.cache_type_k.to_string(),
+        "model": name, "ctx": args.ctx, "n_ubatch": args.ubatch,
+        "n_gpu_layers": args.gpu_layers, "cache_type": args.cache_type_k.to_string(),
         "vram": vram, "fits": fits, "n_cpu_moe": shown.n_cpu_moe, "layers": layers,
         "smallest_n_cpu_moe": smallest.map(|p| p.n_cpu_moe), "gpu": shown.gpu(), "host": shown.host(),
         "weights": sizes.total(),
@@ -141,7 +166,7 @@ pub fn markdown(document: &Value) -> String {
     let gib = |v: &Value| number(v) as f64 / GIB;
     let text = |key: &str| document[key].as_str().unwrap_or_default();
     let mut out = format!(
-        "{}: {} tokens of {} cache, ubatch {}, {:.2} GiB of GPU memory (a plan, not compared with a GPU's)\n\n\
+        "{}: {} tokens of {} cache, ubatch {}, {:.2} GiB of GPU memory (a plan: bytes of the buffers, as the host executor's count has them)\n\n\
          | part | GPU bytes | GiB | host bytes |\n| --- | ---: | ---: | ---: |\n",
         text("model"),
         number(&document["ctx"]),

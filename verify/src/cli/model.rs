@@ -3,6 +3,7 @@
 use anyhow::{bail, Context};
 use qwen3next_kernels::DType;
 use qwen3next_model::forward::{Activations, FusedDelta, Options};
+use qwen3next_model::streaming::{Streaming, When};
 use qwen3next_model::tokenizer::Tokenizer;
 use qwen3next_model::{CacheTypes, Metadata, Model};
 use std::path::{Path, PathBuf};
@@ -49,13 +50,50 @@ pub struct Offload {
     /// Layers on the GPU, the last ones first (-ngl); -1, or more than there are: all, and the output matrix.
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     pub gpu_layers: i64,
-    /// The experts of the first N layers stay on the CPU (-ncmoe).
+    /// The routed experts of the first N layers stay on the CPU (-ncmoe).
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub n_cpu_moe: usize,
+    #[command(flatten)]
+    pub on: OnDevice,
+}
+
+/// What layers on a GPU lie on, and how the experts in the CPU's memory are computed.
+#[derive(clap::Args, Clone, Debug, PartialEq)]
+pub struct OnDevice {
     /// What a GPU is: the first CUDA device (CUDA_VISIBLE_DEVICES hides others), or the host executor, which runs the same
     /// kernels on the CPU, slowly, and watches them.
     #[arg(long, value_enum, default_value = "cuda")]
     pub device: Device,
+    #[command(flatten)]
+    pub experts: Experts,
+}
+
+/// How experts in the CPU's memory are computed.
+#[derive(clap::Args, Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// Experts that stay on the CPU are copied to the GPU and computed there: where many tokens make that faster, as
+    /// reckoned (auto), for every ubatch (on), or never (off, --no-op-offload).
+    #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = when)]
+    pub op_offload: When,
+    /// Copy all of a layer's experts then, not those alone that the ubatch chose (-no-ooae).
+    #[arg(long)]
+    pub no_offload_only_active_experts: bool,
+}
+
+impl Experts {
+    /// As the model takes it.
+    pub fn streaming(&self) -> Streaming {
+        Streaming { when: self.op_offload, only_active: !self.no_offload_only_active_experts }
+    }
+}
+
+fn when(text: &str) -> Result<When, String> {
+    match text {
+        "auto" => Ok(When::Auto),
+        "on" => Ok(When::Always),
+        "off" => Ok(When::Never),
+        _ => Err("expected auto, on or off".into()),
+    }
 }
 
 /// What `--gpu-layers` lie on.
@@ -63,6 +101,16 @@ pub struct Offload {
 pub enum Device {
     Cuda,
     Executor,
+}
+
+impl Device {
+    /// This build has it.
+    pub fn built(self) -> bool {
+        match self {
+            Device::Cuda => cfg!(feature = "cuda"),
+            Device::Executor => cfg!(feature = "cuda-host"),
+        }
+    }
 }
 
 impl Offload {
@@ -75,7 +123,11 @@ impl Offload {
         {
             let device = self.open().with_context(|| format!("--gpu-layers {}", self.gpu_layers))?;
             let layers = usize::try_from(self.gpu_layers).unwrap_or(usize::MAX);
-            let placement = qwen3next_model::offload::Placement { layers, cpu_experts: self.n_cpu_moe };
+            let placement = qwen3next_model::offload::Placement {
+                layers,
+                cpu_experts: self.n_cpu_moe,
+                streaming: self.on.experts.streaming(),
+            };
             let bar = super::progress(0, "to the device {wide_bar} {bytes}/{total_bytes}");
             loaded.model.offload(&device, placement, &mut |done, total| {
                 bar.set_length(total);
@@ -94,7 +146,7 @@ impl Offload {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     fn open(&self) -> anyhow::Result<qwen3next_kernels::device::Device> {
         use qwen3next_kernels::device;
-        match self.device {
+        match self.on.device {
             #[cfg(feature = "cuda")]
             Device::Cuda => Ok(device::Device::open(0)?),
             #[cfg(not(feature = "cuda"))]
@@ -113,7 +165,8 @@ pub fn cache_type(text: &str) -> Result<DType, String> {
     known.ok_or_else(|| "expected f32, f16, bf16 or q8_0".into())
 }
 
-fn activations(text: &str) -> Result<Activations, String> {
+/// What quantised weights meet.
+pub fn activations(text: &str) -> Result<Activations, String> {
     match text {
         "f32" => Ok(Activations::F32),
         "q8" => Ok(Activations::Q8),
@@ -223,13 +276,13 @@ pub fn repack(loaded: &mut Loaded) {
 
 /// Loads a model, the embedded one where no path is given, with a progress bar.
 pub fn load(path: Option<&Path>) -> anyhow::Result<Loaded> {
-    load_with(path, true)
+    load_with(path, true, None)
 }
 
-/// As [`load`], from a memory map of the file or by reading it.
-pub fn load_with(path: Option<&Path>, mmap: bool) -> anyhow::Result<Loaded> {
+/// As [`load`], from a memory map of the file or by reading it, and with its layers repeated up to so many.
+pub fn load_with(path: Option<&Path>, mmap: bool, layers: Option<usize>) -> anyhow::Result<Loaded> {
     let bar = super::progress(0, "loading {wide_bar} {pos}/{len} layers");
-    let loaded = match path {
+    let mut loaded = match path {
         Some(path) => qwen3next_model::load(path, qwen3next_model::file::Options { mmap }, &mut |progress| {
             bar.set_length(progress.total as u64);
             bar.set_position(progress.done as u64);
@@ -240,9 +293,13 @@ pub fn load_with(path: Option<&Path>, mmap: bool) -> anyhow::Result<Loaded> {
     for warning in &loaded.metadata.warnings {
         eprintln!("warning: {warning}");
     }
+    let name = path.map_or("the embedded model".into(), |p| p.display().to_string());
+    if let Some(layers) = layers {
+        loaded.repeat_layers(layers).map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
+    }
     Ok(Loaded {
         model: Model::new(loaded.config, loaded.weights),
-        name: path.map_or("the embedded model".into(), |p| p.display().to_string()),
+        name,
         metadata: loaded.metadata,
         tokenizer: loaded.tokenizer,
     })

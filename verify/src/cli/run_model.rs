@@ -45,18 +45,18 @@ pub const TYPE_K: Choice = Choice { flag: "-ctk", values: CACHES, why: "keys are
 pub const TYPE_V: Choice = Choice { flag: "-ctv", values: CACHES, why: "values are of the type of the keys" };
 
 /// Layers on a GPU, a list; only 0, or -1 for what there is, in builds without one.
-pub fn gpu_layers(given: &[String]) -> anyhow::Result<Vec<String>> {
-    numbers_or(&GPU_LAYERS, given, -1)
+pub fn gpu_layers(given: &[String], device: model::Device) -> anyhow::Result<Vec<String>> {
+    numbers_or(&GPU_LAYERS, given, -1, device)
 }
 
 /// Layers whose experts stay on the CPU, a list.
-pub fn cpu_moe(given: &[String]) -> anyhow::Result<Vec<String>> {
-    numbers_or(&CPU_MOE, given, 0)
+pub fn cpu_moe(given: &[String], device: model::Device) -> anyhow::Result<Vec<String>> {
+    numbers_or(&CPU_MOE, given, 0, device)
 }
 
 /// As [`Choice::parse`]; with a GPU backend any whole number from `low` on.
-fn numbers_or(choice: &Choice, given: &[String], low: i64) -> anyhow::Result<Vec<String>> {
-    if !cfg!(feature = "cuda") {
+fn numbers_or(choice: &Choice, given: &[String], low: i64, device: model::Device) -> anyhow::Result<Vec<String>> {
+    if !device.built() {
         return choice.parse(given);
     }
     let all: Vec<String> = given.iter().flat_map(|list| list.split(',')).map(str::to_string).collect();
@@ -123,6 +123,10 @@ pub struct Setting {
     pub gpu_layers: String,
     /// As on the command line.
     pub cpu_moe: String,
+    /// What the layers lie on.
+    pub on: model::OnDevice,
+    /// The file's layers, again and again up to so many.
+    pub repeat_layers: Option<usize>,
     /// As on the command line.
     pub mmap: String,
     /// As on the command line.
@@ -149,10 +153,11 @@ impl Setting {
     /// Loads the model.
     fn load(&self) -> anyhow::Result<Loaded> {
         // What is repacked is copied anyway: read whole, the file would be there twice.
-        let mut loaded = model::load_with(self.model.as_deref(), self.mmap == "1" || self.repack == "1")?;
+        let mut loaded =
+            model::load_with(self.model.as_deref(), self.mmap == "1" || self.repack == "1", self.repeat_layers)?;
         if self.on_gpu() {
             let (layers, experts) = (self.gpu_layers.parse()?, self.cpu_moe.parse()?);
-            let offload = model::Offload { gpu_layers: layers, n_cpu_moe: experts, device: model::Device::Cuda };
+            let offload = model::Offload { gpu_layers: layers, n_cpu_moe: experts, on: self.on.clone() };
             offload.apply(&mut loaded)?;
         }
         if self.repack == "1" {
@@ -176,7 +181,7 @@ impl Setting {
 
     /// Layers lie on a GPU.
     pub fn on_gpu(&self) -> bool {
-        cfg!(feature = "cuda") && self.gpu_layers != "0"
+        self.on.device.built() && self.gpu_layers != "0"
     }
 
     /// Number of the delta rule's mode.
@@ -186,8 +191,11 @@ impl Setting {
 
     /// The same file, loaded in the same way.
     fn loads_as(&self, other: &Setting) -> bool {
-        (&self.model, &self.mmap, &self.repack, &self.gpu_layers, &self.cpu_moe)
-            == (&other.model, &other.mmap, &other.repack, &other.gpu_layers, &other.cpu_moe)
+        let key = |s: &Setting| {
+            let placed = (s.gpu_layers.clone(), s.cpu_moe.clone(), s.on.clone());
+            (s.model.clone(), s.mmap.clone(), s.repack.clone(), placed, s.repeat_layers)
+        };
+        key(self) == key(other)
     }
 }
 
@@ -398,12 +406,13 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_refused_by_name() {
+        const CUDA: model::Device = model::Device::Cuda;
         assert_eq!(TYPE_K.parse(&[]).unwrap(), ["f32"]);
         assert_eq!(FLASH_ATTN.parse(&texts(&["on,auto"])).unwrap(), ["on", "auto"]);
         let why = GPU_LAYERS.parse(&texts(&["0,99"])).unwrap_err().to_string();
         assert!(why.starts_with("-ngl 99: ") && why.ends_with("expected 0 or -1"), "{why}");
-        assert_eq!(gpu_layers(&texts(&["0,99"])).is_ok(), cfg!(feature = "cuda"));
-        assert!(gpu_layers(&texts(&["x"])).is_err() && cpu_moe(&texts(&["-1"])).is_err());
+        assert_eq!(gpu_layers(&texts(&["0,99"]), CUDA).is_ok(), cfg!(feature = "cuda"));
+        assert!(gpu_layers(&texts(&["x"]), CUDA).is_err() && cpu_moe(&texts(&["-1"]), CUDA).is_err());
     }
 
     #[test]

@@ -13,6 +13,8 @@ const SPELLINGS: &[(&str, &str)] = &[
     ("-rtr", "--run-time-repack"),
     ("-pg", "--prompt-gen"),
     ("-ncmoe", "--n-cpu-moe"),
+    ("-no-ooae", "--no-offload-only-active-experts"),
+    ("--no-op-offload", "--op-offload=off"),
     ("--batch-size", "--batch"),
     ("--ubatch-size", "--ubatch"),
     ("--ctx-size", "--ctx"),
@@ -44,10 +46,10 @@ mod tests {
 
     #[test]
     fn both_spellings_reach_the_same_flag() {
-        let args = ["q", "logits", "-ub", "64", "-b=2", "-ngl=3", "--", "-ub"].map(OsString::from);
+        let args = ["q", "logits", "-ub", "64", "-b=2", "-ngl=3", "--no-op-offload", "--", "-ub"].map(OsString::from);
         assert_eq!(
             normalise(args.into_iter()),
-            ["q", "logits", "--ubatch", "64", "-b=2", "--gpu-layers=3", "--", "-ub"]
+            ["q", "logits", "--ubatch", "64", "-b=2", "--gpu-layers=3", "--op-offload=off", "--", "-ub"]
         );
     }
 }

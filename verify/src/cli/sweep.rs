@@ -41,6 +41,8 @@ pub struct Args {
     /// Layers on a GPU (-ngl).
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     gpu_layers: Option<String>,
+    #[command(flatten)]
+    on: super::model::OnDevice,
     /// Flash attention (-fa): attention always is.
     #[arg(long, value_name = "0|1|on|off|auto")]
     flash_attn: Option<String>,
@@ -85,8 +87,9 @@ impl Args {
             Ok::<String, anyhow::Error>(values[0].clone())
         };
         let only = |choice: &super::run_model::Choice, given: &Option<String>| one(choice.parse(given.as_slice())?);
+        let device = self.on.device;
         let (cpu_moe, gpu_layers) =
-            (one(cpu_moe(self.n_cpu_moe.as_slice())?)?, one(gpu_layers(self.gpu_layers.as_slice())?)?);
+            (one(cpu_moe(self.n_cpu_moe.as_slice(), device)?)?, one(gpu_layers(self.gpu_layers.as_slice(), device)?)?);
         let (mmap, repack) = (only(&MMAP, &self.mmap)?, only(&REPACK, &self.run_time_repack)?);
         let flash_attn = only(&FLASH_ATTN, &self.flash_attn)?;
         let activations = only(&ACTIVATIONS, &self.activations)?;
@@ -102,6 +105,8 @@ impl Args {
                         model: self.model.clone(),
                         gpu_layers: gpu_layers.clone(),
                         cpu_moe: cpu_moe.clone(),
+                        on: self.on.clone(),
+                        repeat_layers: None,
                         mmap: mmap.clone(),
                         repack: repack.clone(),
                         activations: activations.clone(),
