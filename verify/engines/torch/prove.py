@@ -168,15 +168,15 @@ def refused(claim, wrong):
     say(claim, named == len(wrong), f"{named} of {len(wrong)} wrong calls, each naming its argument")
 
 
-def every_call(device, variants=("",), host=True):
-    """Results by name of calls of every operator, on inputs that lie on the device. host: index arrays come with a copy on
-    the CPU. variants: of the delta rule."""
+def every_call(device, variants=("",), indices="both"):
+    """Results by name of calls of every operator, on inputs that lie on the device. variants: of the delta rule. indices: on
+    the device, on the CPU, or on both."""
     results = {}
     q, k, v, g, beta, state = inputs(device=device)
     tensor = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
     cu_host, slots_host = torch.tensor([0, 3, 3, 70]), torch.tensor([4, 1])
-    cu, slots = cu_host.to(device), slots_host.to(device)
-    cu_host, slots_host = (cu_host, slots_host) if host else (None, None)
+    cu, slots = (cu_host, slots_host) if indices == "cpu" else (cu_host.to(device), slots_host.to(device))
+    cu_host, slots_host = (cu_host, slots_host) if indices == "both" else (None, None)
     channel = -tensor(2, 2, 70, 4, 32).abs()
     packed = [x[:1] for x in (q, k, v, g, beta)]
     for variant in variants:
@@ -259,7 +259,7 @@ def executor():
     cpu = torch.device("cpu")
     expected = every_call(cpu)
     with native.executor():
-        ours = [every_call(cpu, DELTA_KERNELS, host) for host in (True, False)]
+        ours = [every_call(cpu, DELTA_KERNELS, indices) for indices in ("both", "device")]
         swapped = other_indices(cpu)
     error = max(worst_error(x, expected) for x in ours)
     say("CUDA kernels on the host executor", error < 1e-5, f"{sum(map(len, ours))} calls of the three operators, the way of CUDA tensors but for the "
@@ -278,8 +278,6 @@ def executor():
             ("no CUDA in the build", lambda: q3n.ops.gated_delta_out(*gpu, None, gpu[2], None, 1.0), f"q: {text}"),
             ("no CUDA in the build", lambda: q3n.norm(OnGpu(q[0]), None), f"x: {text}"),
         ]
-    mixed += [("no copy of indices while a graph is captured", lambda: captured(torch.tensor([0, 70])), "cu_seqlens_host: is needed while a graph is captured")]
-
     def captured(cu):
         kept, native.capturing = native.capturing, lambda device: True
         try:
@@ -287,6 +285,7 @@ def executor():
         finally:
             native.capturing = kept
 
+    mixed += [("no copy of indices while a graph is captured", lambda: captured(torch.tensor([0, 70])), "cu_seqlens_host: is needed while a graph is captured")]
     with native.executor():
         refused("misuse of CUDA calls", cuda_misuse(cpu) + mixed)
 
@@ -303,7 +302,7 @@ def gpu():
         return
     device = torch.device("cuda", torch.cuda.current_device())
     expected = every_call(torch.device("cpu"))
-    worst = max(worst_error(every_call(device, DELTA_KERNELS, host), expected) for host in (True, False))
+    worst = max(worst_error(every_call(device, DELTA_KERNELS, where), expected) for where in ("both", "device", "cpu"))
     say(claims[0], worst < 1e-5 and other_indices(device), f"on {torch.cuda.get_device_name()}: worst row error {worst:.1e} against the CPU operators")
 
     q, k, v, g, beta, state = inputs(device=device)
