@@ -9,7 +9,7 @@ use twox_hash::XxHash3_64;
 /// secret seal, but another training, merge or quantisation gives another number. Reads little of a mapped file.
 ///
 /// Numbers count, not how a file keeps them: f32, f16 and bf16 that are equal are the same, so that a Hugging Face folder
-/// and the GGUF file made from it without loss are one model.
+/// and the GGUF file that `quantize` makes from it without loss are one model.
 pub(crate) fn of(config: &Config, weights: &Weights) -> u64 {
     let mut sum = Sum(XxHash3_64::new());
     sum.0.write(format!("{:?}", essential(config)).as_bytes());

@@ -20,8 +20,8 @@
 //!
 //! The sizes follow from the model, T, N and L, and must add up to the bytes of the file before anything is allocated. A
 //! file of another model, version or cache type is refused, and so is a truncated or damaged one. A model is its sizes and
-//! its numbers: a Hugging Face folder and a GGUF file made from it without loss are the same one, a quantised file is
-//! another. How the tokens were read (threads, ubatch, delta rule, activations) is not in it: a session that goes on under
+//! its numbers: a Hugging Face folder and a GGUF file that `quantize` made from it without loss are the same one. A quantised
+//! file is another, and so may be one of another converter, which rounds −exp(A_log) its own way. How the tokens were read (threads, ubatch, delta rule, activations) is not in it: a session that goes on under
 //! the same options, with the same file of the model, gives the bits of one that was never saved.
 //!
 //! A recurrent state cannot go back to a token in its past. A session from a file is therefore of use to prompts that begin
@@ -131,7 +131,7 @@ fn read(path: &Path, session: &mut Session) -> Result<String, Error> {
     let (fingerprint, bytes, t, n, l) = (long(16), long(24), long(32), long(40), long(48));
     if fingerprint != session.model().fingerprint() {
         return Err(bad(
-            "was saved with another model, or with a file that has the model's matrices in other types".into()
+            "was saved with another model, or with a file of it that holds other numbers (types, roundings)".into(),
         ));
     }
     if word(12) != cache_number(session.cache().k) {

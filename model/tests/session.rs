@@ -218,8 +218,6 @@ fn a_cache_serves_every_file_with_the_same_numbers() {
         let (f32, bf16) = (written("f32.gguf", &path, DType::F32), written("bf16.gguf", &path, DType::BF16));
         let own = open(&path).fingerprint();
         assert_eq!(open(&f32).fingerprint(), own, "{name}");
-        // By another converter.
-        assert_eq!(open(&path.join("model.gguf")).fingerprint(), own, "{name}");
         let rounded = open(&bf16).fingerprint();
         assert_ne!(rounded, own, "{name}");
         assert_eq!(open(&written("wide.gguf", &bf16, DType::F32)).fingerprint(), rounded, "{name}");
@@ -239,5 +237,5 @@ fn a_cache_serves_every_file_with_the_same_numbers() {
     let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * a.abs().max(1.0);
     assert!(saved.logits().iter().zip(loaded.logits()).all(near));
     let why = prompt_cache::load(&cache, &mut session(&other)).unwrap_err().to_string();
-    assert!(why.contains("another model, or with a file that has the model's matrices in other types"), "{why}");
+    assert!(why.contains("another model, or with a file of it that holds other numbers"), "{why}");
 }
