@@ -278,10 +278,10 @@ impl Routing<Cuda> {
 
     /// As [`Routing::dense_again`]: every token to the only expert. The weights, `[tokens]`, are for the caller to fill.
     pub fn dense_on(&mut self, tokens: usize, device: &Device) -> Result<ViewMut<'_, 1, f32, Cuda>, Error> {
-        if [self.tokens, self.experts, self.top_k] != [tokens, 1, 1] {
+        if [self.tokens, self.experts, self.top_k] != [tokens, 1, 1] || self.weights.is_none() {
             *self = Routing::upload(device, &Routing::dense(tokens, Some(vec![1.0; tokens]))?)?;
         }
-        self.weights.get_or_insert(device.upload(&vec![1.0; tokens])?).view_mut([tokens])
+        self.weights.as_mut().expect("made just above").view_mut([tokens])
     }
 
     /// Chosen experts, `[T][top_k]`.

@@ -389,11 +389,22 @@ pub const CATALOGUE: &[Mutant] = &[
         &[at("matmul/matmul_scalar.c", "a->x_dtype, m * a->x_m,", "a->x_dtype, m * a->K,")],
     ),
     kernel(
-        "21",
+        "21a",
         "rows without a visible key are left unwritten",
         "attention",
         "scalar",
         &[at(ATTENTION, "d < D; d++) o[d] = empty ? 0.0f :", "!empty && d < D; d++) o[d] =")],
+    ),
+    cuda(
+        "21b",
+        "the same in a CUDA kernel",
+        "attention",
+        "cuda_host",
+        &[at(
+            ATTENTION_CUDA,
+            "float *o = a.o + x.row",
+            "if (!parts.o && static_cast<softmax>(total[r]).sum == 0.0f) continue;\nfloat *o = a.o + x.row",
+        )],
     ),
     kernel(
         "22a",
