@@ -344,8 +344,11 @@ impl Bytes {
             #[cfg(feature = "cuda")]
             Bytes::Gpu(memory) => cuda("buffer", memory.set_8(0)),
             #[cfg(feature = "cuda-host")]
-            // SAFETY: the whole allocation.
-            Bytes::Executor(memory) => unsafe { Ok(memory.at.write_bytes(0, memory.layout.size())) },
+            Bytes::Executor(memory) => {
+                // SAFETY: the whole allocation.
+                unsafe { memory.at.write_bytes(0, memory.layout.size()) };
+                Ok(())
+            }
         }
     }
 }

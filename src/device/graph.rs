@@ -231,11 +231,9 @@ impl Held {
     fn launch_whole(&self, graph: &mut Graph) -> Result<(), Error> {
         self.device.enter()?;
         if graph.made.is_none() {
-            graph.made = Some(Executable::new(&self.calls, &self.device, self.target)?);
+            graph.made = Some(Executable::new(self)?);
         }
-        let made = graph.made.as_ref().expect("made just above");
-        // SAFETY: as in `launch_each`; these very calls have been made now.
-        unsafe { made.launch(&self.calls, self.target) }?;
+        graph.made.as_ref().expect("made just above").launch(self)?;
         graph.launches += 1;
         Ok(())
     }
@@ -310,28 +308,23 @@ enum Executable {
 }
 
 impl Executable {
-    fn new(calls: &[Box<dyn Queued>], device: &Device, target: Target) -> Result<Executable, Error> {
-        match target {
+    fn new(held: &Held) -> Result<Executable, Error> {
+        match held.target {
             #[cfg(feature = "cuda")]
-            Target::Gpu(_) => Ok(Executable::Gpu(gpu::Captured::new(calls, device)?)),
+            Target::Gpu(_) => Ok(Executable::Gpu(gpu::Captured::new(&held.calls, &held.device)?)),
             #[cfg(feature = "cuda-host")]
-            Target::Executor => {
-                let _ = (calls, device);
-                Ok(Executable::Executor)
-            }
+            Target::Executor => Ok(Executable::Executor),
         }
     }
 
-    /// # Safety
-    /// As for [`Queued::launch`] of all `calls`, which are those it was made of.
-    unsafe fn launch(&self, calls: &[Box<dyn Queued>], target: Target) -> Result<(), Error> {
-        match (self, target) {
+    /// Launches what is `held`: the calls that it was made of, made anew.
+    fn launch(&self, held: &Held) -> Result<(), Error> {
+        match (self, held.target) {
             #[cfg(feature = "cuda")]
-            // SAFETY: as the caller says.
+            // SAFETY: whoever frees memory of the device releases them before.
             (Executable::Gpu(captured), Target::Gpu(stream)) => unsafe { captured.launch(stream) },
             #[cfg(feature = "cuda-host")]
-            // SAFETY: as above.
-            _ => calls.iter().try_for_each(|call| unsafe { call.launch(target) }),
+            _ => held.launch_each(),
         }
     }
 }
