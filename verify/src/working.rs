@@ -77,7 +77,7 @@ impl Pool {
     fn project_back(&mut self, quantize: bool, t: usize, dtype: DType, [rows, cols]: [usize; 2]) {
         let input = self.input(quantize, [t, cols], [dtype]);
         let out = self.take(t * rows);
-        self.rows.extend(input);
+        self.rows.extend(input.into_iter().rev());
         self.free.push(out);
     }
 
@@ -100,14 +100,14 @@ impl Pool {
         let (held, width) = if layer.attention {
             let (heads, keys) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
             let mut held = self.take_all([t * 2 * heads, t * keys, t * keys]).to_vec();
-            self.rows.extend(input);
+            self.rows.extend(input.into_iter().rev());
             held.push(self.take(t * heads));
             grow(&mut self.scratch, attention_scratch(config, of, t));
             (held, heads)
         } else {
             let (channels, values, heads) = (d.conv_channels(), d.value_channels(), d.v_heads);
             let mut held = self.take_all([t * channels, t * values, t * 2 * heads]).to_vec();
-            self.rows.extend(input);
+            self.rows.extend(input.into_iter().rev());
             // Two that hold something only where a history is kept.
             held.extend(self.take_all([t * channels, 0, t * heads, t * heads, t * values, 0]));
             (held, values)
@@ -123,7 +123,7 @@ impl Pool {
             let input = self.input(of.quantize, [t, e], [gate, up]);
             grow(&mut self.routings[2], (12 * t + 16) as u64);
             self.feed(of.quantize, config, [t, 1, 1, config.dense_ff], layer.expert_types);
-            return self.rows.extend(input);
+            return self.rows.extend(input.into_iter().rev());
         };
         let pairs = t * m.top_k;
         let expert_bytes = layer.experts / m.experts.max(1) as u64;
@@ -153,7 +153,7 @@ impl Pool {
             grow(&mut self.routings[1], (16 * t + 16) as u64);
             self.feed(of.quantize, config, [t, 1, 1, m.shared_ff], types);
         }
-        self.rows.extend(input);
+        self.rows.extend(input.into_iter().rev());
     }
 
     /// One ubatch through the layers on the device.
@@ -167,7 +167,7 @@ impl Pool {
         if logits > 0 && of.output_on_gpu(sizes) {
             let held = self.take_all([logits * e, logits * e, logits * vocab]);
             let input = self.input(of.quantize, [logits, e], [sizes.output_type]);
-            self.rows.extend(input);
+            self.rows.extend(input.into_iter().rev());
             self.free.extend(held);
         }
         self.free.extend([there, normed]);
@@ -194,8 +194,8 @@ impl Working {
             pool
         };
         let (with, without) = (run(of.logits), run(0));
-        // Starts, slot and length of a sequence, positions, wanted rows.
-        let indices = (8 * (4 + t + of.logits)) as u64;
+        // Starts, slot and length of a sequence, positions, wanted rows: each from a multiple of 256 bytes on.
+        let indices = 8 * (3 * 32 + t.next_multiple_of(32) + of.logits.next_multiple_of(32)) as u64;
         Working {
             activations: without.activations() + indices,
             logits: with.activations() - without.activations(),

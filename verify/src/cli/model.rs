@@ -69,7 +69,7 @@ pub struct OnDevice {
 }
 
 /// How experts in the CPU's memory are computed.
-#[derive(clap::Args, Clone, Debug, PartialEq)]
+#[derive(clap::Args, Clone, Debug, Default, PartialEq)]
 pub struct Experts {
     /// Experts that stay on the CPU are copied to the GPU and computed there: where many tokens make that faster, as
     /// reckoned (auto), for every ubatch (on), or never (off, --no-op-offload).
@@ -113,9 +113,23 @@ impl Device {
     }
 }
 
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            Device::Cuda => "CUDA",
+            Device::Executor => "executor",
+        })
+    }
+}
+
 impl Offload {
     /// Copies the layers to the device, with a progress bar.
     pub fn apply(&self, loaded: &mut Loaded) -> anyhow::Result<()> {
+        self.upload(&mut loaded.model)
+    }
+
+    /// As [`Offload::apply`].
+    pub fn upload(&self, model: &mut Model) -> anyhow::Result<()> {
         if self.gpu_layers == 0 {
             return Ok(());
         }
@@ -129,7 +143,7 @@ impl Offload {
                 streaming: self.on.experts.streaming(),
             };
             let bar = super::progress(0, "to the device {wide_bar} {bytes}/{total_bytes}");
-            loaded.model.offload(&device, placement, &mut |done, total| {
+            model.offload(&device, placement, &mut |done, total| {
                 bar.set_length(total);
                 bar.set_position(done);
             })?;
@@ -138,8 +152,22 @@ impl Offload {
         }
         #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
         {
-            let _ = loaded;
+            let _ = model;
             bail!("--gpu-layers {}: built without the feature cuda, expected 0", self.gpu_layers)
+        }
+    }
+
+    /// The device's name, or why there is none.
+    pub fn device_name(&self) -> anyhow::Result<String> {
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        {
+            let device = self.open()?;
+            Ok(format!("{}, {}", device.name()?, device.driver()?))
+        }
+        #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
+        match self.on.device {
+            Device::Cuda => bail!("built without the feature cuda"),
+            Device::Executor => bail!("built without the feature cuda-host"),
         }
     }
 
