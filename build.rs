@@ -258,6 +258,8 @@ fn bindings(csrc: &Path) {
         .allowlist_item("[qQ]3[nN]_.*")
         .prepend_enum_name(false)
         .generate_comments(false)
+        .derive_partialeq(true)
+        .no_partialeq("CUstream_st|q3n_(peak|block_.*|.*_variant)")
         .use_core()
         .formatter(bindgen::Formatter::Prettyplease)
         .generate()

@@ -5,7 +5,8 @@
 //! `run` takes views of slices in, checks them alike and queues the work on a [`Stream`]. A view that is written borrows its
 //! buffer mutably, so that no safe call can alias it. A call returns before its work is done; copies to and from the CPU
 //! wait for all work queued before, on any stream, and so does freeing. Work on different streams is in no order: a buffer
-//! that one stream writes and another uses needs a [`Stream::wait`] in between, or holds one of the values.
+//! that one stream writes and another uses needs a [`Stream::wait`] in between, or holds one of the values. What is queued
+//! again and again goes faster through [`Stream::repeat`].
 //!
 //! ```no_run
 //! # fn main() -> Result<(), qwen3next_kernels::Error> {
@@ -32,9 +33,11 @@ use crate::operator::{Kernel, Operator};
 use crate::view::{packed, View, ViewMut};
 use crate::{DType, Error, Weight};
 use std::marker::PhantomData;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+mod graph;
 mod timing;
+pub use graph::Graph;
 #[doc(hidden)]
 pub use timing::{Limits, Times};
 
@@ -58,7 +61,7 @@ impl Memory for Cuda {
     }
 
     fn indices_id(indices: &Self::Indices<'_>) -> usize {
-        indices.device.device.id()
+        indices.device.id()
     }
 
     fn whole<T: Element>(values: &Buffer<T>) -> DeviceView<'_, 1, T> {
@@ -73,7 +76,7 @@ pub struct Device(Place);
 #[derive(Debug, Clone)]
 enum Place {
     #[cfg(feature = "cuda")]
-    Gpu(std::sync::Arc<cust::context::Context>),
+    Gpu(Arc<cust::context::Context>),
     #[cfg(feature = "cuda-host")]
     Executor,
 }
@@ -106,7 +109,7 @@ impl Device {
         }
         let device = cuda("device", cust::device::Device::get_device(number))?;
         let context = cuda("device", cust::context::Context::new(device))?;
-        Ok(Device(Place::Gpu(std::sync::Arc::new(context))))
+        Ok(Device(Place::Gpu(Arc::new(context))))
     }
 }
 
@@ -155,7 +158,12 @@ impl Device {
             #[cfg(feature = "cuda-host")]
             Place::Executor => Queue::Executor,
         };
-        Ok(Stream { inner: Some(inner), scratch: Mutex::new(self.zeros(0)?), device: self.clone() })
+        Ok(Stream {
+            inner: Some(inner),
+            scratch: Mutex::new(self.zeros(0)?),
+            holding: graph::Holding::default(),
+            device: self.clone(),
+        })
     }
 
     /// A buffer with these values.
@@ -174,7 +182,9 @@ impl Device {
 
     /// Indices for operators: positions, pool entries, starts of sequences.
     pub fn indices(&self, values: &[i64]) -> Result<Indices, Error> {
-        Ok(Indices { host: values.into(), device: self.upload(values)? })
+        let mut indices = Indices { host: Vec::new(), memory: None, first: 0, device: self.clone() };
+        indices.replace(values)?;
+        Ok(indices)
     }
 
     /// With free contents: for those who fill it next.
@@ -208,7 +218,7 @@ impl Device {
     fn id(&self) -> usize {
         match &self.0 {
             #[cfg(feature = "cuda")]
-            Place::Gpu(context) => std::sync::Arc::as_ptr(context) as usize,
+            Place::Gpu(context) => Arc::as_ptr(context) as usize,
             #[cfg(feature = "cuda-host")]
             Place::Executor => 0,
         }
@@ -229,6 +239,8 @@ pub struct Stream {
     /// `None` while it is dropped.
     inner: Option<Queue>,
     scratch: Mutex<Buffer<u8>>,
+    /// What it holds back while [`Stream::repeat`] runs.
+    holding: graph::Holding,
     device: Device,
 }
 
@@ -249,8 +261,15 @@ impl Stream {
         &self.device
     }
 
+    /// Where all that was queued so far really is, for what comes after it.
     fn inner(&self) -> &Queue {
+        graph::release(&self.device);
         self.inner.as_ref().expect("there until it is dropped")
+    }
+
+    /// Where its kernels go.
+    fn target(&self) -> graph::Target {
+        self.inner.as_ref().expect("there until it is dropped").into()
     }
 
     /// Checks `raw`, whose index arrays are still the CPU's, has `place` put the device's in their stead, and queues the
@@ -277,40 +296,28 @@ impl Stream {
     ///
     /// # Safety
     /// `raw` passed the operator's check, and its pointers are this device's.
-    pub(crate) unsafe fn launch<O: Operator>(&self, raw: &O::Raw, kernel: &Kernel<O::Raw>) -> Result<(), Error> {
+    pub(crate) unsafe fn launch<O: Operator>(
+        &self,
+        raw: &O::Raw,
+        kernel: &'static Kernel<O::Raw>,
+    ) -> Result<(), Error> {
+        let target = self.target();
         self.device.enter()?;
-        let missing = || Error::argument("stream", format!("{} has no kernel for {:?}", O::NAME, self.device));
-        match self.inner() {
-            #[cfg(feature = "cuda")]
-            Queue::Gpu(stream) => {
-                let (launch, scratch_bytes) = kernel.gpu.ok_or_else(missing)?;
-                // SAFETY: `raw` passed the operator's check.
-                let scratch = self.scratch(unsafe { scratch_bytes(raw) })?;
-                // SAFETY: as above; the pointers are the device's, as the caller says.
-                let status = unsafe { launch(raw, scratch, stream.as_inner().cast()) };
-                if status as u32 & 0xff == crate::ffi::Q3N_DEVICE {
-                    // SAFETY: a NUL-terminated text that only this thread's next launch changes.
-                    let report = unsafe { std::ffi::CStr::from_ptr(crate::ffi::q3n_cuda_report()) };
-                    return Err(Error::Device { operator: O::NAME, report: report.to_string_lossy().into_owned() });
-                }
-                crate::status::check(O::NAME, status)
-            }
-            #[cfg(feature = "cuda-host")]
-            Queue::Executor => {
-                let (items, run, scratch_bytes) = kernel.executor.ok_or_else(missing)?;
-                // SAFETY: `raw` passed the operator's check.
-                let scratch = self.scratch(unsafe { scratch_bytes(raw) })?;
-                // SAFETY: as above; the executor's memory is the CPU's.
-                crate::status::check(O::NAME, unsafe { run(raw, 0, items(raw), scratch) })
-            }
-        }
-    }
-
-    /// Scratch of that size: what a kernel leaves there is gone when the next one of this stream runs.
-    fn scratch(&self, bytes: i64) -> Result<*mut std::ffi::c_void, Error> {
-        let mut scratch = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        let bytes = graph::Call::<O>::scratch_bytes(raw, kernel, target)?;
+        // What a kernel leaves there is gone when the next one of this stream runs. Locked until this one is queued: no
+        // other thread's call moves it before.
+        let mut scratch = graph::lock(&self.scratch);
         scratch.reserve(usize::try_from(bytes).unwrap_or(0))?;
-        Ok(scratch.address().cast())
+        let mut call = graph::Call::<O> { raw: *raw, kernel, scratch: scratch.address().cast() };
+        let mut holding = graph::lock(&self.holding);
+        if let Some(held) = holding.as_mut() {
+            call = match held.hold(call) {
+                Ok(()) => return Ok(()),
+                Err(call) => call,
+            };
+        }
+        // SAFETY: the pointers are this device's, as the caller says, and it was entered.
+        unsafe { graph::Queued::launch(&call, target) }
     }
 }
 
@@ -337,8 +344,11 @@ impl Bytes {
             #[cfg(feature = "cuda")]
             Bytes::Gpu(memory) => cuda("buffer", memory.set_8(0)),
             #[cfg(feature = "cuda-host")]
-            // SAFETY: the whole allocation.
-            Bytes::Executor(memory) => unsafe { Ok(memory.at.write_bytes(0, memory.layout.size())) },
+            Bytes::Executor(memory) => {
+                // SAFETY: the whole allocation.
+                unsafe { memory.at.write_bytes(0, memory.layout.size()) };
+                Ok(())
+            }
         }
     }
 }
@@ -369,6 +379,11 @@ impl<T: Element> Buffer<T> {
         &self.device
     }
 
+    /// Tells it from the other buffers that live, until its memory moves.
+    pub fn id(&self) -> usize {
+        self.address() as usize
+    }
+
     /// Makes room for `len` elements where there are fewer; contents are free then.
     pub fn reserve(&mut self, len: usize) -> Result<(), Error> {
         if self.len < len {
@@ -394,6 +409,7 @@ impl<T: Element> Buffer<T> {
         if values.is_empty() {
             return Ok(());
         }
+        graph::release(&self.device);
         self.device.enter()?;
         let (start, bytes) = (first * size_of::<T>(), size_of_val(values));
         // SAFETY: elements are plain bytes.
@@ -424,6 +440,7 @@ impl<T: Element> Buffer<T> {
             let why = format!("{count} of them from {first} on, there are {}", self.len);
             return Err(Error::argument("values", why));
         }
+        graph::release(&self.device);
         self.device.enter()?;
         let (start, bytes) = (first * size_of::<T>(), count * size_of::<T>());
         let mut values = Vec::<T>::with_capacity(count);
@@ -535,6 +552,7 @@ impl Buffer<f32> {
 
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
+        graph::release(&self.device);
         // A context that can't be entered any more took its memory with it.
         if self.device.enter().is_err() {
             std::mem::forget(self.memory.take());
@@ -586,22 +604,54 @@ impl Drop for HostBytes {
 #[derive(Debug)]
 pub struct Indices {
     host: Vec<i64>,
-    device: Buffer<i64>,
+    /// Perhaps with others. `None`: there are none yet.
+    memory: Option<Arc<Buffer<i64>>>,
+    /// Where they start there.
+    first: usize,
+    device: Device,
 }
+
+/// Every array of indices starts at an address that 256 divides, as buffers do.
+const INDICES_START: usize = 256 / size_of::<i64>();
 
 impl Indices {
     /// Replaces them, once the work queued so far is done. Allocates where these are more than ever before.
     pub fn replace(&mut self, values: &[i64]) -> Result<(), Error> {
-        self.device.reserve(values.len())?;
-        self.device.write_at(0, values)?;
-        self.host.clear();
-        self.host.extend_from_slice(values);
+        Indices::replace_all([self], [values])
+    }
+
+    /// As [`Indices::replace`] of each, by one copy. After an error there are none.
+    pub fn replace_all<const N: usize>(mut these: [&mut Indices; N], values: [&[i64]; N]) -> Result<(), Error> {
+        let Some(device) = these.first().map(|indices| indices.device.clone()) else { return Ok(()) };
+        if these.iter().any(|indices| indices.device.id() != device.id()) {
+            return Err(Error::argument("indices", "lie on more than one device"));
+        }
+        let (mut memory, mut starts, mut all) = (None, [0; N], Vec::new());
+        for ((indices, values), start) in these.iter_mut().zip(values).zip(&mut starts) {
+            indices.host.clear();
+            memory = indices.memory.take();
+            *start = all.len();
+            all.extend_from_slice(values);
+            all.resize(all.len().next_multiple_of(INDICES_START), 0);
+        }
+        let mut memory = match memory {
+            Some(memory) if Arc::strong_count(&memory) == 1 => memory,
+            _ => Arc::new(device.allocate(all.len())?),
+        };
+        let buffer = Arc::get_mut(&mut memory).expect("the only one");
+        buffer.reserve(all.len())?;
+        buffer.write_at(0, &all)?;
+        for ((indices, values), start) in these.iter_mut().zip(values).zip(starts) {
+            indices.host.extend_from_slice(values);
+            (indices.memory, indices.first) = (Some(memory.clone()), start);
+        }
         Ok(())
     }
 
     /// Address in the device's memory.
     pub(crate) fn at(&self) -> *const i64 {
-        self.device.address()
+        // Within the buffer, which holds all that were written with these.
+        self.memory.as_ref().map_or(std::ptr::null(), |memory| memory.address().wrapping_add(self.first))
     }
 
     /// The same; NULL for `None`.
@@ -621,7 +671,7 @@ const GUARD: u8 = 0xa5;
 /// `raw` passed the operator's check and is valid on the CPU; `at` noted all its pointers.
 pub(crate) unsafe fn run_staged<O: Operator>(
     stream: &Stream,
-    kernel: &Kernel<O::Raw>,
+    kernel: &'static Kernel<O::Raw>,
     raw: &O::Raw,
     at: &Addresses,
     times: Option<&Times>,

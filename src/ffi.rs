@@ -188,7 +188,7 @@ unsafe extern "C" {
     pub fn q3n_cuda_host_report() -> *const ::core::ffi::c_char;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_attention_args {
     pub struct_bytes: u64,
     pub o: *mut f32,
@@ -493,7 +493,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_attention_merge_args {
     pub struct_bytes: u64,
     pub o: *mut f32,
@@ -712,7 +712,7 @@ unsafe extern "C" {
     pub fn q3n_peak_kind_name(kind: q3n_peak_kind) -> *const ::core::ffi::c_char;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_causal_conv_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -934,7 +934,7 @@ pub const Q3N_HEADS_GROUPED: q3n_head_map = 0;
 pub const Q3N_HEADS_TILED: q3n_head_map = 1;
 pub type q3n_head_map = ::core::ffi::c_uint;
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_gated_delta_args {
     pub struct_bytes: u64,
     pub o: *mut f32,
@@ -1301,7 +1301,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_gather_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -1442,7 +1442,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_add_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -1567,7 +1567,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_delta_gates_args {
     pub struct_bytes: u64,
     pub g: *mut f32,
@@ -1722,7 +1722,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_kv_store_args {
     pub struct_bytes: u64,
     pub cache: *mut ::core::ffi::c_void,
@@ -1887,7 +1887,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_row_gate_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -2018,7 +2018,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_matmul_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -2167,7 +2167,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_moe_route_args {
     pub struct_bytes: u64,
     pub ids: *mut i32,
@@ -2312,7 +2312,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_moe_group_args {
     pub struct_bytes: u64,
     pub order: *mut i64,
@@ -2445,7 +2445,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_moe_up_args {
     pub struct_bytes: u64,
     pub h: *mut f32,
@@ -2626,7 +2626,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_moe_down_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -2808,7 +2808,7 @@ pub const Q3N_NORM_RMS_GATED: q3n_norm_kind = 2;
 pub const Q3N_NORM_L2: q3n_norm_kind = 3;
 pub type q3n_norm_kind = ::core::ffi::c_uint;
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_norm_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -3033,7 +3033,7 @@ pub const Q3N_Q8_X256_D: _bindgen_ty_1 = 304;
 pub const Q3N_Q8_X256_BYTES: _bindgen_ty_1 = 320;
 pub type _bindgen_ty_1 = ::core::ffi::c_uint;
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_activations_args {
     pub struct_bytes: u64,
     pub y: *mut ::core::ffi::c_void,
@@ -3168,7 +3168,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_dequantize_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -3307,7 +3307,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_quantize_args {
     pub struct_bytes: u64,
     pub y: *mut ::core::ffi::c_void,
@@ -3420,7 +3420,7 @@ unsafe extern "C" {
 pub const Q3N_GROUP_ROWS: _bindgen_ty_2 = 16;
 pub type _bindgen_ty_2 = ::core::ffi::c_uint;
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_repack_args {
     pub struct_bytes: u64,
     pub y: *mut ::core::ffi::c_void,
@@ -3525,7 +3525,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_rope_args {
     pub struct_bytes: u64,
     pub y: *mut f32,
@@ -3674,7 +3674,7 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 #[repr(C)]
-#[derive(Debug, Copy, Clone)]
+#[derive(Debug, Copy, Clone, PartialEq)]
 pub struct q3n_solve_tri_args {
     pub struct_bytes: u64,
     pub x: *mut f32,

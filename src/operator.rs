@@ -12,7 +12,7 @@ pub trait Operator: Sized + 'static {
     /// Name of the operator, as its folder in `csrc/`.
     const NAME: &'static str;
     /// The C args struct.
-    type Raw: Copy + 'static;
+    type Raw: Copy + PartialEq + 'static;
 
     /// CUDA kernels, the one that `queue` takes first; none where they are not built in.
     #[doc(hidden)]

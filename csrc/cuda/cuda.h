@@ -33,7 +33,9 @@ const char *q3n_cuda_host_report(void);
 /* Declares, for kernels named q3n_<name> of an operator `op`:
    q3n_<name>_cuda                 queues the call on `stream` and returns; pointers in args, and scratch, are device
                                    memory, and args passed q3n_<op>_check with index arrays that the CPU can read.
-                                   Nothing is allocated and nothing waited for. args may go after the return.
+                                   Nothing is allocated and nothing waited for. args may go after the return. What is
+                                   launched depends on args alone, not on what its pointers point to: a captured call
+                                   can be launched again for other contents.
    q3n_<name>_cuda_scratch_bytes   bytes of scratch it needs, aligned to Q3N_SCRATCH_ALIGN; 0: it may be NULL
    and the same for the host executor, in the form of a variant: one item, everything in CPU memory.
 

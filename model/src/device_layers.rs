@@ -7,17 +7,18 @@ use crate::error::Error;
 use crate::offload::{Attention, Delta, DeviceFfn, Matrix, Output, Swiglu};
 use crate::ubatch::Packed;
 use qwen3next_kernels::activations::{Rows, Q8};
-use qwen3next_kernels::device::{Buffer, Cuda, Device, DeviceView, Indices, Stream};
+use qwen3next_kernels::device::{Buffer, Cuda, Device, DeviceView, Graph, Indices, Stream};
 use qwen3next_kernels::gated_delta::{self, Gate, LogDecay};
 use qwen3next_kernels::layer::{add, delta_gates, gather, kv_store, row_gate};
 use qwen3next_kernels::moe::{self, Routing};
 use qwen3next_kernels::{attention, causal_conv, matmul, norm, rope, DType};
+use std::sync::Arc;
 
 /// A stream and the working memory of forward passes on it, kept from one to the next.
 #[derive(Debug)]
 pub(crate) struct Work {
-    pub stream: Stream,
-    /// Buffers that are free.
+    pub stream: Arc<Stream>,
+    /// Buffers that are free, by length and address: a step takes those that the like step before it took.
     floats: Vec<Buffer<f32>>,
     q8: Vec<Q8<Cuda>>,
     hidden: moe::Hidden<Cuda>,
@@ -27,7 +28,64 @@ pub(crate) struct Work {
     dense: Routing<Cuda>,
     /// The lowest token with a NaN among its router logits.
     bad_token: Buffer<i64>,
+    /// It says that there is none.
+    none_bad: bool,
     pub batch: BatchIndices,
+    pub graphs: Graphs,
+}
+
+/// Steps up to so many tokens are launched as graphs: their kernels are short.
+const GRAPH_TOKENS: usize = 64;
+/// Kinds of steps whose graphs are kept.
+const GRAPHS: usize = 4;
+
+/// Graphs of the latest kinds of steps.
+#[derive(Debug)]
+pub(crate) struct Graphs {
+    pub on: bool,
+    kept: Vec<(Kind, Graph)>,
+    /// Steps that were launched as a whole.
+    pub launches: u64,
+}
+
+/// What steps have in common whose kernels are likely the same.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Kind {
+    tokens: usize,
+    sequences: usize,
+    wanted: usize,
+    quantize: bool,
+}
+
+impl Kind {
+    /// `None`: such steps are no graphs.
+    pub fn of(packed: &Packed, wanted: usize) -> Option<Kind> {
+        let (tokens, sequences) = (packed.tokens, packed.slots.len());
+        let suits = tokens <= GRAPH_TOKENS && !packed.steps;
+        suits.then_some(Kind { tokens, sequences, wanted, quantize: packed.quantize })
+    }
+}
+
+impl Graphs {
+    /// `Q3N_CUDA_GRAPHS=0` turns them off.
+    fn new() -> Graphs {
+        let on = std::env::var_os("Q3N_CUDA_GRAPHS").is_none_or(|value| value != "0");
+        Graphs { on, kept: Vec::new(), launches: 0 }
+    }
+
+    /// That of such steps, or a new one.
+    pub fn take(&mut self, kind: Kind) -> Graph {
+        let known = self.kept.iter().position(|(other, _)| *other == kind);
+        known.map(|i| self.kept.remove(i).1).unwrap_or_default()
+    }
+
+    /// Keeps it, in the place of the one that has not been used for longest.
+    pub fn give(&mut self, kind: Kind, graph: Graph) {
+        if self.kept.len() == GRAPHS {
+            self.kept.remove(0);
+        }
+        self.kept.push((kind, graph));
+    }
 }
 
 /// What the device knows of a ubatch, as [`Packed`] has it.
@@ -45,7 +103,7 @@ impl Work {
     pub fn new(device: &Device) -> Result<Work, Error> {
         let none = || device.indices(&[]);
         Ok(Work {
-            stream: device.stream()?,
+            stream: Arc::new(device.stream()?),
             floats: Vec::new(),
             q8: Vec::new(),
             hidden: moe::Hidden::on(device)?,
@@ -53,6 +111,8 @@ impl Work {
             shared: Routing::on(device)?,
             dense: Routing::on(device)?,
             bad_token: device.upload(&[i64::MAX])?,
+            none_bad: true,
+            graphs: Graphs::new(),
             batch: BatchIndices {
                 cu_seqlens: none()?,
                 slots: none()?,
@@ -63,18 +123,24 @@ impl Work {
         })
     }
 
-    /// Before a ubatch.
-    pub fn begin(&mut self, packed: &Packed) -> Result<(), Error> {
-        self.batch.cu_seqlens.replace(&packed.cu_seqlens)?;
-        self.batch.slots.replace(&packed.slots)?;
-        self.batch.positions.replace(&packed.positions)?;
-        self.batch.lengths.replace(&packed.lengths)?;
-        Ok(self.bad_token.write(&[i64::MAX])?)
+    /// Before a ubatch, of which the rows `wanted` yield logits.
+    pub fn begin(&mut self, packed: &Packed, wanted: &[i64]) -> Result<(), Error> {
+        let BatchIndices { cu_seqlens, slots, positions, lengths, wanted: rows } = &mut self.batch;
+        Indices::replace_all(
+            [cu_seqlens, slots, positions, lengths, rows],
+            [&packed.cu_seqlens, &packed.slots, &packed.positions, &packed.lengths, wanted],
+        )?;
+        if !std::mem::take(&mut self.none_bad) {
+            self.bad_token.write(&[i64::MAX])?;
+        }
+        Ok(())
     }
 
     /// After a ubatch: waits for it. The error of a NaN among router logits names the first such token.
     pub fn end(&mut self, tokens: usize) -> Result<(), Error> {
-        match usize::try_from(self.bad_token.download()?[0]) {
+        let bad = self.bad_token.download()?[0];
+        self.none_bad = bad == i64::MAX;
+        match usize::try_from(bad) {
             Ok(token) if token < tokens => {
                 Err(qwen3next_kernels::Error::Nan { operator: "moe_route", arg: "logits", token }.into())
             }
@@ -85,10 +151,10 @@ impl Work {
     /// `n` floats with any contents, perhaps more.
     pub fn take(&mut self, n: usize) -> Result<Buffer<f32>, Error> {
         // The smallest that is large enough, else the largest.
-        let fits = (0..self.floats.len()).filter(|&i| self.floats[i].len() >= n).min_by_key(|&i| self.floats[i].len());
-        let best = fits.or_else(|| (0..self.floats.len()).max_by_key(|&i| self.floats[i].len()));
+        let fits = self.floats.partition_point(|buffer| buffer.len() < n);
+        let best = if fits < self.floats.len() { Some(fits) } else { fits.checked_sub(1) };
         let mut buffer = match best {
-            Some(i) => self.floats.swap_remove(i),
+            Some(i) => self.floats.remove(i),
             None => self.stream.device().zeros(n)?,
         };
         buffer.reserve(n)?;
@@ -97,7 +163,11 @@ impl Work {
 
     /// Gives buffers back.
     pub fn give(&mut self, buffers: impl IntoIterator<Item = Buffer<f32>>) {
-        self.floats.extend(buffers);
+        for buffer in buffers {
+            let order = |buffer: &Buffer<f32>| (buffer.len(), buffer.id());
+            let i = self.floats.partition_point(|other| order(other) < order(&buffer));
+            self.floats.insert(i, buffer);
+        }
     }
 }
 
@@ -135,7 +205,8 @@ impl<'a> Input<'a> {
     }
 
     fn give(self, work: &mut Work) {
-        work.q8.extend(self.quantized);
+        // In the order they were in.
+        work.q8.extend(self.quantized.into_iter().rev());
     }
 }
 
@@ -183,31 +254,26 @@ pub(crate) fn add_rows(x: &mut Buffer<f32>, y: &Buffer<f32>, shape: [usize; 2], 
     Ok(add::queue(add::Args { y: x.view_mut(shape)?, x: y.view(shape)? }, stream)?)
 }
 
-/// The logits of the rows `wanted` of x, `[T][hidden]`, on the CPU.
+/// The logits of the `n` wanted rows of x, `[T][hidden]`.
 pub(crate) fn logits(
     w: &Output,
     x: &Buffer<f32>,
     t: usize,
-    wanted: &[i64],
+    n: usize,
     quantize: bool,
     eps: f32,
     work: &mut Work,
-) -> Result<Vec<f32>, Error> {
-    let (n, width, vocab) = (wanted.len(), w.matrix.cols(), w.matrix.rows());
-    if n == 0 {
-        return Ok(Vec::new());
-    }
+) -> Result<Buffer<f32>, Error> {
+    let (width, vocab) = (w.matrix.cols(), w.matrix.rows());
     let (mut rows, mut normed, mut out) = (work.take(n * width)?, work.take(n * width)?, work.take(n * vocab)?);
-    work.batch.wanted.replace(wanted)?;
     let ids = &work.batch.wanted;
     gather::queue(gather::Args { y: rows.view_mut([n, width])?, table: x.weight([t, width])?, ids }, &work.stream)?;
     norm_rows(&mut normed, &rows, n, &w.norm, eps, &work.stream)?;
     let input = Input::new(normed.view([n, width])?, quantize, [&w.matrix], work)?;
     project(&w.matrix, &input, &mut out, &work.stream)?;
     input.give(work);
-    let logits = out.download_at(0, n * vocab)?;
-    work.give([rows, normed, out]);
-    Ok(logits)
+    work.give([rows, normed]);
+    Ok(out)
 }
 
 /// Where the memory of a layer must lie for this module.

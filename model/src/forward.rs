@@ -5,7 +5,7 @@ use crate::cache::{Cache, Floats};
 use crate::config::Config;
 use crate::delta_layer;
 #[cfg(feature = "device")]
-use crate::device_layers;
+use crate::device_layers::{self, Kind, Work};
 use crate::error::Error;
 use crate::moe_layer;
 #[cfg(feature = "device")]
@@ -14,7 +14,7 @@ use crate::state::{CacheTypes, LayerState, State};
 use crate::ubatch::{norm_rows, project_rows, Buffers, Packed};
 use crate::weights::{Mixer, Weights};
 #[cfg(feature = "device")]
-use qwen3next_kernels::device::Device;
+use qwen3next_kernels::device::{Buffer, Device};
 use qwen3next_kernels::quant::dequantize;
 use qwen3next_kernels::{gated_delta, Exec, Operator, Variant, ViewMut, Weight};
 use std::sync::OnceLock;
@@ -292,7 +292,7 @@ impl Model {
         }
         #[cfg(feature = "device")]
         let logits = match &self.offloaded {
-            Some(o) => self.on_device(o, state, pieces, &packed, &mut buffers, &mut x, &mut steps)?,
+            Some(o) => self.through_device(o, state, pieces, &packed, &mut buffers, &mut x, &mut steps)?,
             None => None,
         };
         #[cfg(not(feature = "device"))]
@@ -317,7 +317,7 @@ impl Model {
     /// logits.
     #[cfg(feature = "device")]
     #[allow(clippy::too_many_arguments)]
-    fn on_device(
+    fn through_device(
         &self,
         o: &Offloaded,
         state: &mut State,
@@ -327,13 +327,64 @@ impl Model {
         x: &mut [f32],
         steps: &mut [Vec<f32>],
     ) -> Result<Option<Vec<f32>>, Error> {
-        let (t, width, eps) = (packed.tokens, self.config.hidden, self.config.norm_eps);
-        let Some(work) = &mut state.work else {
-            return Err(Error::argument("state", "is not on the model's device: make it by Model::state"));
-        };
-        work.begin(packed)?;
-        let (mut there, mut normed) = (work.take(t * width)?, work.take(t * width)?);
+        let (t, work) = (packed.tokens, device_work(state)?);
+        let mut wanted = Vec::new();
+        for (b, piece) in pieces.iter().enumerate() {
+            let first = packed.cu_seqlens[b];
+            wanted.extend((piece.from..piece.tokens.len()).map(|i| first + i as i64));
+        }
+        work.begin(packed, &wanted)?;
+        let mut there = work.take(x.len())?;
         there.write_at(0, x)?;
+        let whole = work.graphs.on && o.layers.iter().all(|layer| layer.ffn.is_some());
+        let (there, out) = match Kind::of(packed, wanted.len()).filter(|_| whole) {
+            None => self.on_device(o, state, packed, wanted.len(), buffers, there, steps)?,
+            Some(kind) => {
+                let (stream, mut graph) = (work.stream.clone(), work.graphs.take(kind));
+                let before = graph.launches();
+                let queue = || self.on_device(o, state, packed, wanted.len(), buffers, there, steps);
+                let queued = stream.repeat(&mut graph, queue)?;
+                let graphs = &mut device_work(state)?.graphs;
+                graphs.launches += graph.launches() - before;
+                graphs.give(kind, graph);
+                queued
+            }
+        };
+        let work = device_work(state)?;
+        let logits = match (&o.output, out) {
+            (None, _) => {
+                x.copy_from_slice(&there.download_at(0, x.len())?);
+                None
+            }
+            (Some(_), None) => Some(Vec::new()),
+            (Some(_), Some(out)) => {
+                let logits = out.download_at(0, wanted.len() * self.config.vocab)?;
+                work.give([out]);
+                Some(logits)
+            }
+        };
+        work.give([there]);
+        work.end(t)?;
+        Ok(logits)
+    }
+
+    /// Queues the layers, which x goes through, and the logits of the `wanted` rows if there are any and the output matrix
+    /// is there.
+    #[cfg(feature = "device")]
+    #[allow(clippy::too_many_arguments)]
+    fn on_device(
+        &self,
+        o: &Offloaded,
+        state: &mut State,
+        packed: &Packed,
+        wanted: usize,
+        buffers: &mut Buffers,
+        mut there: Buffer<f32>,
+        steps: &mut [Vec<f32>],
+    ) -> Result<(Buffer<f32>, Option<Buffer<f32>>), Error> {
+        let (t, width, eps) = (packed.tokens, self.config.hidden, self.config.norm_eps);
+        let Some(work) = &mut state.work else { return Err(no_work()) };
+        let mut normed = work.take(t * width)?;
         for (i, memory) in state.layers.iter_mut().enumerate().skip(o.first) {
             let Some(layer) = o.layer(i) else { break };
             device_layers::norm_rows(&mut normed, &there, t, &layer.attn_norm, eps, &work.stream)?;
@@ -369,23 +420,14 @@ impl Model {
                 }
             }
         }
-        let logits = match &o.output {
-            None => {
-                x.copy_from_slice(&there.download_at(0, t * width)?);
-                None
+        let out = match &o.output {
+            Some(output) if wanted > 0 => {
+                Some(device_layers::logits(output, &there, t, wanted, packed.quantize, eps, work)?)
             }
-            Some(output) => {
-                let mut wanted = Vec::new();
-                for (b, piece) in pieces.iter().enumerate() {
-                    let first = packed.cu_seqlens[b];
-                    wanted.extend((piece.from..piece.tokens.len()).map(|i| first + i as i64));
-                }
-                Some(device_layers::logits(output, &there, t, &wanted, packed.quantize, eps, work)?)
-            }
+            _ => None,
         };
-        work.give([there, normed]);
-        work.end(t)?;
-        Ok(logits)
+        work.give([normed]);
+        Ok((there, out))
     }
 
     fn embed(&self, pieces: &[Piece], x: &mut [f32]) -> Result<(), Error> {
@@ -489,6 +531,17 @@ fn pack(state: &State, pieces: &[Piece], options: &Options, delta: &Exec<gated_d
         packed.delta = Exec::variant(unfused()?);
     }
     Ok(packed)
+}
+
+/// Working memory on the device.
+#[cfg(feature = "device")]
+fn device_work(state: &mut State) -> Result<&mut Work, Error> {
+    state.work.as_mut().ok_or_else(no_work)
+}
+
+#[cfg(feature = "device")]
+fn no_work() -> Error {
+    Error::argument("state", "is not on the model's device: make it by Model::state")
 }
 
 /// The variant of the delta rule that is composed of primitive operators.

@@ -205,6 +205,21 @@ impl State {
         self.history.iter_mut().for_each(VecDeque::clear);
     }
 
+    /// Whether steps of a few tokens on a device, where all layers have their experts there, are launched as graphs that
+    /// were captured (the default, unless the variable Q3N_CUDA_GRAPHS is 0). The answers are the same, bit for bit.
+    #[cfg(feature = "device")]
+    pub fn use_graphs(&mut self, on: bool) {
+        if let Some(work) = &mut self.work {
+            work.graphs.on = on;
+        }
+    }
+
+    /// Steps that were launched as graphs.
+    #[cfg(feature = "device")]
+    pub fn graph_launches(&self) -> u64 {
+        self.work.as_ref().map_or(0, |work| work.graphs.launches)
+    }
+
     /// Tokens a slot can be rolled back by, at most.
     pub fn depth(&self) -> usize {
         self.depth

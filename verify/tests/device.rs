@@ -3,7 +3,7 @@
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
 use qwen3next_kernels::activations::Q8;
-use qwen3next_kernels::device::Device;
+use qwen3next_kernels::device::{Buffer, Device, Graph, Indices, Stream};
 use qwen3next_kernels::{
     attention, causal_conv, gated_delta, layer, matmul, moe, norm, quant, rope, solve_tri, DType, Error, Exec, View,
     ViewMut, Weight,
@@ -621,4 +621,298 @@ fn a_layer_between_its_operators() -> Result<(), Error> {
         assert_near(&on_share.download()?, &share);
     }
     Ok(())
+}
+
+/// y = the rotated norms of x, from buffers whose contents change.
+struct Step {
+    x: Buffer<f32>,
+    y: Buffer<f32>,
+    pos: Indices,
+}
+
+impl Step {
+    const SHAPE: [usize; 3] = [3, 2, 32];
+
+    fn on(device: &Device) -> Result<Step, Error> {
+        let n = Step::SHAPE.iter().product();
+        Ok(Step { x: device.zeros(n)?, y: device.zeros(n)?, pos: device.indices(&[0; 3])? })
+    }
+
+    fn write(&mut self, i: u64) -> Result<(), Error> {
+        self.x.write(&fill(self.x.len(), i))?;
+        self.pos.replace(&[i as i64, 3, 7 * i as i64])
+    }
+
+    fn queue(&mut self, stream: &Stream) -> Result<(), Error> {
+        let (y, x) = (self.y.view_mut(Step::SHAPE)?, Some(self.x.view(Step::SHAPE)?));
+        norm::queue(norm::Args { y, x, kind: norm::Kind::L2, eps: 1e-6 }, stream)?;
+        let y = self.y.view_mut(Step::SHAPE)?;
+        rope::queue(rope::Args { y, x: None, pos: &self.pos, base: 1e4, rotary: 32 }, stream)
+    }
+
+    /// What `queue` makes of `write(i)`, on buffers of its own.
+    fn expected(device: &Device, i: u64) -> Result<Vec<f32>, Error> {
+        let (mut step, stream) = (Step::on(device)?, device.stream()?);
+        step.write(i)?;
+        step.queue(&stream)?;
+        step.y.download()
+    }
+}
+
+#[test]
+fn graphs_repeat_with_new_contents() -> Result<(), Error> {
+    for device in devices() {
+        let (mut step, stream, mut graph) = (Step::on(&device)?, device.stream()?, Graph::default());
+        for i in 0..6 {
+            step.write(i)?;
+            stream.repeat(&mut graph, || step.queue(&stream))?;
+            assert_eq!(step.y.download()?, Step::expected(&device, i)?);
+            assert_eq!(graph.launches(), i, "after {i}");
+        }
+        // Within another: a part of that one.
+        let (mut inner, mut outer) = (Graph::default(), Graph::default());
+        for i in 0..3 {
+            step.write(i)?;
+            stream.repeat(&mut outer, || stream.repeat(&mut inner, || step.queue(&stream)))?;
+            assert_eq!(step.y.download()?, Step::expected(&device, i)?);
+        }
+        assert_eq!((inner.launches(), outer.launches()), (0, 2));
+        // Checks see what the indices are now.
+        step.pos.replace(&[0, -1, 0])?;
+        let refused = stream.repeat(&mut graph, || step.queue(&stream)).unwrap_err();
+        assert!(refused.to_string().contains("pos"), "{refused}");
+        // Nothing at all is no launch.
+        let mut nothing = Graph::default();
+        (0..3).try_for_each(|_| stream.repeat(&mut nothing, || Ok::<(), Error>(())))?;
+        assert_eq!(nothing.launches(), 0);
+    }
+    Ok(())
+}
+
+/// Other addresses, scratch that grew, another stream or other calls: no launch of the old graph, and the right values.
+#[test]
+fn graphs_of_what_has_moved_are_not_launched() -> Result<(), Error> {
+    for device in devices() {
+        let (mut step, stream, mut graph) = (Step::on(&device)?, device.stream()?, Graph::default());
+        let mut run = |step: &mut Step, stream: &Stream, i: u64| -> Result<u64, Error> {
+            step.write(i)?;
+            let before = graph.launches();
+            stream.repeat(&mut graph, || step.queue(stream))?;
+            assert_eq!(step.y.download()?, Step::expected(&device, i)?);
+            Ok(graph.launches() - before)
+        };
+        let launched = |runs: &[u64]| runs.iter().sum::<u64>();
+        assert_eq!(launched(&[run(&mut step, &stream, 1)?, run(&mut step, &stream, 2)?]), 1);
+        let mut other = Step::on(&device)?;
+        assert_eq!(launched(&[run(&mut other, &stream, 3)?, run(&mut other, &stream, 4)?]), 1);
+        assert_eq!(launched(&[run(&mut step, &stream, 5)?, run(&mut step, &stream, 6)?]), 1);
+
+        // Grouping of that many experts takes scratch, which moves.
+        let (t, e) = (64, 2048);
+        let (logits, mut bad) = (device.upload(&fill(t * e, 7))?, device.upload(&[i64::MAX])?);
+        moe::Routing::on(&device)?.queue_route(logits.view([t, e])?, 8, true, bad.view_mut([1])?, &stream)?;
+        assert_eq!(launched(&[run(&mut step, &stream, 8)?, run(&mut step, &stream, 9)?]), 1);
+        // Scratch of a stream is its own.
+        let second = device.stream()?;
+        assert_eq!(launched(&[run(&mut step, &second, 10)?, run(&mut step, &second, 11)?]), 1);
+        assert_eq!(run(&mut step, &second, 12)?, 1);
+    }
+    Ok(())
+}
+
+/// Copies and frees within the work, by any thread, find all that was queued before them done.
+#[test]
+fn work_that_is_held_back_is_not_seen_to_be() -> Result<(), Error> {
+    for device in devices() {
+        let (mut step, stream, mut graph) = (Step::on(&device)?, device.stream()?, Graph::default());
+        for i in 0..4 {
+            let y = stream.repeat(&mut graph, || {
+                step.write(i)?;
+                step.queue(&stream)?;
+                let y = step.y.download()?;
+                step.write(i + 1)?;
+                step.queue(&stream)?;
+                Ok::<_, Error>(y)
+            })?;
+            assert_eq!(y, Step::expected(&device, i)?);
+            assert_eq!(step.y.download()?, Step::expected(&device, i + 1)?);
+        }
+        assert_eq!(graph.launches(), 0);
+
+        let n = Step::SHAPE.iter().product::<usize>();
+        for elsewhere in [false, true] {
+            for i in 0..4 {
+                let mut x = device.upload(&fill(n, i))?;
+                stream.repeat(&mut graph, || {
+                    let (y, x_view) = (step.y.view_mut(Step::SHAPE)?, Some(x.view(Step::SHAPE)?));
+                    norm::queue(norm::Args { y, x: x_view, kind: norm::Kind::L2, eps: 1e-6 }, &stream)?;
+                    let free = move || x.write(&vec![0.0; n]).map(|()| drop(x));
+                    match elsewhere {
+                        true => std::thread::spawn(free).join().unwrap()?,
+                        false => free()?,
+                    }
+                    // Where x was, or not: nobody reads it any more.
+                    device.zeros::<f32>(n)?;
+                    Ok::<_, Error>(())
+                })?;
+                let (x, mut y) = (device.upload(&fill(n, i))?, device.zeros::<f32>(n)?);
+                let (y_view, x) = (y.view_mut(Step::SHAPE)?, Some(x.view(Step::SHAPE)?));
+                norm::queue(norm::Args { y: y_view, x, kind: norm::Kind::L2, eps: 1e-6 }, &stream)?;
+                assert_eq!(step.y.download()?, y.download()?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Work that fails or panics halfway: what it had queued is done, and the stream goes on.
+#[test]
+fn work_that_fails_leaves_the_stream_usable() -> Result<(), Error> {
+    for device in devices() {
+        let (mut step, stream, mut graph) = (Step::on(&device)?, device.stream()?, Graph::default());
+        for i in 0..4 {
+            step.write(i)?;
+            let failed = stream.repeat(&mut graph, || {
+                step.queue(&stream)?;
+                step.y.view([usize::MAX]).map(|_| ())
+            });
+            assert!(failed.is_err());
+            assert_eq!(step.y.download()?, Step::expected(&device, i)?);
+        }
+        step.write(5)?;
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            stream.repeat(&mut graph, || -> Result<(), Error> {
+                step.queue(&stream)?;
+                panic!("as asked for")
+            })
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(step.y.download()?, Step::expected(&device, 5)?);
+        assert_eq!(graph.launches(), 0);
+        for i in 6..9 {
+            step.write(i)?;
+            stream.repeat(&mut graph, || step.queue(&stream))?;
+            assert_eq!(step.y.download()?, Step::expected(&device, i)?);
+        }
+        assert!(graph.launches() >= 2);
+    }
+    Ok(())
+}
+
+#[test]
+fn indices_are_replaced_together() -> Result<(), Error> {
+    for device in devices() {
+        let (stream, x) = (device.stream()?, fill(3 * 2 * 32, 4));
+        let rotated = |pos: &Indices| -> Result<Vec<f32>, Error> {
+            let mut y = device.upload(&x)?;
+            rope::queue(rope::Args { y: y.view_mut(Step::SHAPE)?, x: None, pos, base: 1e4, rotary: 16 }, &stream)?;
+            y.download()
+        };
+        let (mut a, mut b, mut c) = (device.indices(&[])?, device.indices(&[9, 9])?, device.indices(&[])?);
+        for i in 0..3 {
+            let values = [vec![i, 2, 5], vec![8; 40 * i as usize], vec![7, i, 1]];
+            Indices::replace_all([&mut a, &mut b, &mut c], [&values[0], &values[1], &values[2]])?;
+            assert_eq!(rotated(&a)?, rotated(&device.indices(&values[0])?)?);
+            assert_eq!(rotated(&c)?, rotated(&device.indices(&values[2])?)?);
+        }
+        // One that leaves the others.
+        a.replace(&[4, 4, 4])?;
+        assert_eq!(rotated(&a)?, rotated(&device.indices(&[4, 4, 4])?)?);
+        assert_eq!(rotated(&c)?, rotated(&device.indices(&[7, 2, 1])?)?);
+        assert!(rotated(&b).unwrap_err().to_string().contains("pos"));
+    }
+    Ok(())
+}
+
+/// Logits of decode steps of all kinds, and how many of the steps were graphs.
+fn decode(
+    model: &qwen3next_model::Model,
+    options: &qwen3next_model::forward::Options,
+    graphs: bool,
+) -> Result<(Vec<f32>, u64), qwen3next_model::Error> {
+    use qwen3next_model::Batch;
+    let mut states = [0, 1].map(|_| model.state(3, 96, Default::default()).unwrap());
+    states.iter_mut().for_each(|state| state.use_graphs(graphs));
+    let token = |i: u32| [i * 7 % 50];
+    let mut all = Vec::new();
+    // Two states in turn.
+    for i in 0..24 {
+        let state = &mut states[(i % 2) as usize];
+        all.extend(model.forward(state, &Batch::one(0, &token(i)), options)?);
+    }
+    let [state, _] = &mut states;
+    // Two sequences, and three of unlike lengths.
+    for i in 0..8 {
+        all.extend(model.forward(state, &Batch::one(2, &token(i)).and(0, &token(i + 1)), options)?);
+    }
+    for i in 0..4 {
+        let (a, b, c) = (token(i), [token(i)[0], 3, 4], token(i + 2));
+        let batch = Batch::one(0, &a).and(1, &b).and(2, &c);
+        all.extend(model.forward(state, &batch.logits_from(1), options)?);
+    }
+    // A long one in between, which moves what it outgrows, and one that wants no logits.
+    let long: Vec<u32> = (0..70).map(|i| i * 3 % 50).collect();
+    state.clear(1)?;
+    for i in 0..3 {
+        all.extend(model.forward(state, &Batch::one(0, &token(i)), options)?);
+    }
+    all.extend(model.forward(state, &Batch::one(1, &long).logits_from(60), options)?);
+    for i in 0..4 {
+        model.forward(state, &Batch::one(1, &token(i)).logits_from(1), options)?;
+        all.extend(model.forward(state, &Batch::one(1, &token(i)), options)?);
+    }
+    // Back to what a slot was, by a copy and by its history.
+    let kept = state.snapshot(1)?;
+    all.extend(model.forward(state, &Batch::one(1, &token(9)), options)?);
+    state.restore(1, &kept)?;
+    all.extend(model.forward(state, &Batch::one(1, &token(8)), options)?);
+    state.keep_history(2);
+    for i in 0..3 {
+        all.extend(model.forward(state, &Batch::one(1, &token(i)), options)?);
+    }
+    state.rollback(1, 2)?;
+    state.keep_history(0);
+    for i in 0..3 {
+        all.extend(model.forward(state, &Batch::one(1, &token(i)), options)?);
+    }
+    let launches = states.iter().map(|state| state.graph_launches()).sum();
+    Ok((all, launches))
+}
+
+#[test]
+fn decode_steps_in_graphs_have_the_same_bits() {
+    use qwen3next_model::forward::{Activations, Options};
+    use qwen3next_model::offload::Placement;
+    use qwen3next_model::{Model, Weights};
+    for device in devices() {
+        for (name, activations) in [("ratio3", Activations::F32), ("dense_mix", Activations::Q8)] {
+            let folder = format!("{}/golden/models/{name}", env!("CARGO_MANIFEST_DIR"));
+            let options = Options { activations, ..Options::default() };
+            let on_device = |placement| {
+                let loaded = Weights::load(folder.as_ref(), &mut |_| ()).unwrap();
+                let mut model = Model::new(loaded.config, loaded.weights);
+                model.offload(&device, placement, &mut |_, _| ()).unwrap();
+                model
+            };
+            let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let model = on_device(Placement::ALL);
+            let (expected, none) = decode(&model, &options, false).unwrap();
+            assert_eq!(none, 0);
+            let (logits, launches) = decode(&model, &options, true).unwrap();
+            assert!(launches > 30, "{name}: {launches} launches");
+            assert_eq!(bits(&logits), bits(&expected), "{name}");
+            assert!(logits.iter().all(|x| x.is_finite()));
+
+            // The output matrix, or the experts of a layer, on the CPU.
+            for (placement, some) in [
+                (Placement { layers: 2, cpu_experts: 0 }, true),
+                (Placement { layers: usize::MAX, cpu_experts: 1 }, false),
+            ] {
+                let model = on_device(placement);
+                let (expected, _) = decode(&model, &options, false).unwrap();
+                let (logits, launches) = decode(&model, &options, true).unwrap();
+                assert_eq!((bits(&logits), launches > 30), (bits(&expected), some), "{name} {placement:?}");
+            }
+        }
+    }
 }

@@ -37,6 +37,10 @@ if [ "$(sed 's/ *$//' <<<"$of_cargo")" != "$of_cmake" ]; then
   exit 1
 fi
 
+of_cargo=$(sed -n 's/.*const ARCHS.*\[\(.*\)\];/\1/p' ../../../build.rs | tr -d '",')
+gpus=$(sed -n 's/.*set(CMAKE_CUDA_ARCHITECTURES \(.*\))$/\1/p' "$csrc/CMakeLists.txt" | sed 's/-real//g')
+[ "$of_cargo" = "$gpus" ] || { echo "build.rs is for GPUs of $of_cargo, csrc/CMakeLists.txt of $gpus"; exit 1; }
+
 . ../../isa_flags.sh
 while read -r arch suffix flags; do
   if [ "$(echo $(isa_flags "x$suffix.c" "$arch"))" != "$flags" ]; then

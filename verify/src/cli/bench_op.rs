@@ -103,6 +103,8 @@ pub struct Line {
     gbs: f64,
     roof: Roof,
     metrics: Metrics,
+    /// Seconds a launch in a graph of many, on a device that was kept warm.
+    in_graph: Option<f64>,
     /// `None`: the CPU.
     device: Option<Rc<OnDevice>>,
 }
@@ -201,6 +203,7 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
                         row["copy_gbs"] = json!(on.copy);
                         row["empty_s"] = json!(on.empty);
                         row["warm"] = json!(on.warm);
+                        row["graph_s"] = json!(l.in_graph);
                     }
                     row
                 })
@@ -671,6 +674,7 @@ fn measure<T: Timed + Send>(
                 gbs: work.bytes / time.median / 1e9,
                 roof: peaks.roof(timed.unit(v), work.ops, work.bytes, time.median, threads),
                 metrics,
+                in_graph: None,
                 device: None,
             });
         }
@@ -737,6 +741,7 @@ fn measure_on<T: Timed>(
                 gbs,
                 roof: Roof { name: "copy", fraction: gbs / on.copy },
                 metrics,
+                in_graph: times.take_in_graph().map(|ns| ns / 1e9),
                 device: Some(on.clone()),
             });
         }
@@ -750,21 +755,26 @@ fn measure_on<T: Timed>(
 pub fn table(lines: &[Line], out: &mut impl Write) -> anyhow::Result<()> {
     let op = lines.first().map_or("", |l| l.op);
     let width = lines.iter().map(|l| l.variant.len()).max().unwrap_or(0).max(op.len());
+    // A column more where launches ran in a graph too.
+    let graphs = lines.iter().any(|l| l.in_graph.is_some());
+    let more = |text: String| if graphs { format!(" {text:>10} |") } else { String::new() };
+    let (title, rule) = (more("graph µs".into()), more("---------:".into()));
     let shape_width = lines.iter().map(|l| l.shape.len()).max().unwrap_or(0).max(5);
     writeln!(
         out,
-        "| {op:<width$} | {:<shape_width$} | {:<5} | {:>6} | {:>10} | {:>10} | {:>7} | {:>9} | {:>7} | {:>14} | {:>12} |",
+        "| {op:<width$} | {:<shape_width$} | {:<5} | {:>6} | {:>10} | {:>10} | {:>7} | {:>9} | {:>7} | {:>14} | {:>12} |{title}",
         "shape", "dtype", "tokens", "median µs", "min µs", "speed", "GFLOP/s", "GB/s", "of peak", "worst row L2"
     )?;
     writeln!(
         out,
-        "| {:-<width$} | {:-<shape_width$} | ----- | {:->5}: | {:->9}: | {:->9}: | {:->6}: | {:->8}: | {:->6}: | {:->13}: | {:->11}: |",
+        "| {:-<width$} | {:-<shape_width$} | ----- | {:->5}: | {:->9}: | {:->9}: | {:->6}: | {:->8}: | {:->6}: | {:->13}: | {:->11}: |{rule}",
         "", "", "", "", "", "", "", "", "", ""
     )?;
     for l in lines {
+        let graph = more(l.in_graph.map_or(String::new(), |seconds| format!("{:.1}", seconds * 1e6)));
         writeln!(
             out,
-            "| {:<width$} | {:<shape_width$} | {:<5} | {:>6} | {:>10.1} | {:>10.1} | {:>6.2}× | {:>9.2} | {:>7.2} | {:>14} | {:>12.1e} |",
+            "| {:<width$} | {:<shape_width$} | {:<5} | {:>6} | {:>10.1} | {:>10.1} | {:>6.2}× | {:>9.2} | {:>7.2} | {:>14} | {:>12.1e} |{graph}",
             l.variant,
             l.shape,
             l.dtype,
@@ -789,6 +799,9 @@ pub fn table(lines: &[Line], out: &mut impl Write) -> anyhow::Result<()> {
             on.empty * 1e6,
             on.copy,
         )?;
+        if graphs {
+            writeln!(out, "graph: a launch of many that ran as one captured graph, their gaps included")?;
+        }
         return Ok(());
     }
     writeln!(
@@ -852,7 +865,11 @@ mod tests {
         assert!(text.contains("% copy") && text.contains("host executor, no driver"), "{text}");
 
         let one = kernels[0].name().to_string();
-        assert_eq!(measure_on(device, points(), &[one], 1, true)?.len(), 2);
+        let warm = measure_on(device, points(), &[one], 1, true)?;
+        assert!(warm.len() == 2 && warm.iter().all(|l| l.in_graph.is_some_and(|seconds| seconds > 0.0)));
+        let mut text = Vec::new();
+        table(&warm, &mut text)?;
+        assert!(String::from_utf8(text)?.contains("graph: a launch of many"));
         let unknown = measure_on(device, points(), &["none".to_string()], 1, true);
         assert!(unknown.err().unwrap().to_string().contains("--variant none: expected one of"));
         Ok(())
