@@ -13,7 +13,8 @@ if ! "$root/bin/nvcc" --version >/dev/null 2>&1; then
     'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-nvvm==13.0.*' \
     'nvidia-cuda-cccl==13.0.*'
 fi
-# nvcc and others look for lib64.
+# nvcc and others look for lib64, CMake for libcudart.so.
 [ -e "$root/lib64" ] || ln -s lib "$root/lib64"
+[ -e "$root/lib/libcudart.so" ] || ln -s libcudart.so.13 "$root/lib/libcudart.so"
 "$root/bin/nvcc" --version | tail -n 2 >&2
 echo "CUDA_PATH=$(cd "$root" && pwd)"

@@ -135,17 +135,30 @@ static q3n_status q3n_launch(const char *name, q3n_dims grid, q3n_dims block, in
   ((void)(stream), q3n_launch(#kernel, grid, block, dynamic_bytes, [&] { kernel arguments; }))
 #endif
 
+/* Whether a launcher may begin: scratch is there if any is needed, and aligned. */
+template <class F> static bool q3n_scratch_is_good(const void *scratch, const F &bytes) {
+  return (uintptr_t)scratch % 64 == 0 && (scratch || bytes() <= 0);
+}
+
 /* Q3N_CUDA_OPERATOR(op, name) { the launcher }: defines what Q3N_DECLARE_CUDA(op, name) declares, but for scratch,
    which is Q3N_CUDA_SCRATCH(op, name) { ... }. The body sees `a`, `scratch` and `stream`. */
 #if defined(__CUDACC__)
 #define Q3N_CUDA_OPERATOR(op, name)                                                                             \
-  extern "C" q3n_status q3n_##name##_cuda(const q3n_##op##_args *a, void *scratch, q3n_stream stream)
+  static q3n_status q3n_##name##_launch(const q3n_##op##_args *a, void *scratch, q3n_stream stream);            \
+  extern "C" q3n_status q3n_##name##_cuda(const q3n_##op##_args *a, void *scratch, q3n_stream stream) {         \
+    if (!q3n_scratch_is_good(scratch, [&] { return q3n_##name##_cuda_scratch_bytes(a); }))                      \
+      return q3n_fail(Q3N_SCRATCH, Q3N_ARG_SCRATCH);                                                            \
+    return q3n_##name##_launch(a, scratch, stream);                                                             \
+  }                                                                                                             \
+  static q3n_status q3n_##name##_launch(const q3n_##op##_args *a, void *scratch, q3n_stream stream)
 #define Q3N_CUDA_SCRATCH(op, name) extern "C" int64_t q3n_##name##_cuda_scratch_bytes(const q3n_##op##_args *a)
 #else
 #define Q3N_CUDA_OPERATOR(op, name)                                                                             \
   static q3n_status q3n_##name##_launch(const q3n_##op##_args *a, void *scratch, q3n_stream stream);            \
   extern "C" int64_t q3n_##name##_cuda_host_items(const q3n_##op##_args *) { return 1; }                        \
   extern "C" q3n_status q3n_##name##_cuda_host(const q3n_##op##_args *a, int64_t, int64_t, void *scratch) {     \
+    if (!q3n_scratch_is_good(scratch, [&] { return q3n_##name##_cuda_host_scratch_bytes(a); }))                 \
+      return q3n_fail(Q3N_SCRATCH, Q3N_ARG_SCRATCH);                                                            \
     return q3n_##name##_launch(a, scratch, nullptr);                                                            \
   }                                                                                                             \
   static q3n_status q3n_##name##_launch(const q3n_##op##_args *a, void *scratch, q3n_stream stream)

@@ -1,15 +1,18 @@
 //! A number that tells models apart.
 
-use crate::config::Config;
+use crate::config::{Config, Mlp};
 use crate::weights::{Ffn, Mixer, Swiglu, Tensor, Weights};
 use std::hash::Hasher;
 use twox_hash::XxHash3_64;
 
-/// XXH3 of the sizes, every vector, and of every matrix its type, shape and some bytes at both ends and in the middle:
-/// no secret seal, but another training, merge or quantisation gives another number. Reads little of a mapped file.
+/// XXH3 of the sizes, every vector, and of every matrix its shape and the first, middle and last row of some experts: no
+/// secret seal, but another training, merge or quantisation gives another number. Reads little of a mapped file.
+///
+/// Numbers count, not how a file keeps them: f32, f16 and bf16 that are equal are the same, so that a Hugging Face folder
+/// and the GGUF file that `quantize` makes from it without loss are one model.
 pub(crate) fn of(config: &Config, weights: &Weights) -> u64 {
     let mut sum = Sum(XxHash3_64::new());
-    sum.0.write(format!("{config:?}").as_bytes());
+    sum.0.write(format!("{:?}", essential(config)).as_bytes());
     sum.matrix(&weights.token_embd);
     sum.vector(&weights.output_norm);
     sum.matrix(&weights.output);
@@ -40,6 +43,17 @@ pub(crate) fn of(config: &Config, weights: &Weights) -> u64 {
     sum.0.finish()
 }
 
+/// What logits depend on, as precise as every container keeps it.
+fn essential(config: &Config) -> Config {
+    let mut config = config.clone();
+    config.attention.rope_base = f64::from(config.attention.rope_base as f32);
+    if !config.mlp.contains(&Mlp::Dense) {
+        config.dense_ff = 0;
+    }
+    // The output matrix is looked at whether it is tied or not.
+    Config { context: 0, tied: false, mtp_layers: 0, ..config }
+}
+
 struct Sum(XxHash3_64);
 
 impl Sum {
@@ -53,16 +67,19 @@ impl Sum {
     }
 
     fn matrix(&mut self, tensor: &Tensor) {
-        const SAMPLE: usize = 64;
-        self.0.write(tensor.dtype().name().as_bytes());
         tensor.shape().into_iter().for_each(|n| self.0.write(&(n as u64).to_le_bytes()));
-        let last = tensor.experts().saturating_sub(1);
+        let (last, last_row) = (tensor.experts().saturating_sub(1), tensor.rows().saturating_sub(1));
         for expert in [0, last / 2, last] {
             let Some(matrix) = tensor.expert(expert) else { continue };
-            let bytes = matrix.bytes();
-            let room = bytes.len().saturating_sub(SAMPLE);
-            for at in [0, room / 2, room] {
-                self.0.write(&bytes[at..bytes.len().min(at + SAMPLE)]);
+            for row in [0, last_row / 2, last_row] {
+                let Some(row) = matrix.row_range(row, 1) else { continue };
+                match row.to_f32() {
+                    Some(values) => self.vector(&values),
+                    None => {
+                        self.0.write(row.dtype().name().as_bytes());
+                        self.0.write(row.bytes());
+                    }
+                }
             }
         }
     }

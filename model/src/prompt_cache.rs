@@ -5,7 +5,7 @@
 //! | bytes | what |
 //! | --- | --- |
 //! | 8 | `Q3NCACHE` |
-//! | 4 | version, 1 |
+//! | 4 | version, 2 |
 //! | 4 | type of the KV caches: 0 f32, 1 f16, 2 bf16, 3 q8_0 |
 //! | 8 | [`Model::fingerprint`](crate::Model::fingerprint) |
 //! | 8 | bytes of the file |
@@ -19,9 +19,10 @@
 //! | 8 | XXH3-64 of everything before |
 //!
 //! The sizes follow from the model, T, N and L, and must add up to the bytes of the file before anything is allocated. A
-//! file of another model, version or cache type is refused, and so is a truncated or damaged one. How the tokens were
-//! read (threads, ubatch, delta rule, activations) is not in it: a session that goes on under the same options gives the
-//! bits of one that was never saved.
+//! file of another model, version or cache type is refused, and so is a truncated or damaged one. A model is its sizes and
+//! its numbers: a Hugging Face folder and a GGUF file that `quantize` made from it without loss are the same one. A quantised
+//! file is another, and so may be one of another converter, which rounds −exp(A_log) its own way. How the tokens were read (threads, ubatch, delta rule, activations) is not in it: a session that goes on under
+//! the same options, with the same file of the model, gives the bits of one that was never saved.
 //!
 //! A recurrent state cannot go back to a token in its past. A session from a file is therefore of use to prompts that begin
 //! with all of its tokens ([`Session::reusable`]), unlike a plain KV cache, which can be cut to any common prefix.
@@ -39,7 +40,7 @@ use std::path::Path;
 use twox_hash::XxHash3_64;
 
 const MAGIC: &[u8; 8] = b"Q3NCACHE";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 56;
 /// A note of a chat holds its text, twice; a context of 256k tokens is some MB.
 const MOST_NOTE: u64 = 64 << 20;
@@ -129,7 +130,9 @@ fn read(path: &Path, session: &mut Session) -> Result<String, Error> {
     }
     let (fingerprint, bytes, t, n, l) = (long(16), long(24), long(32), long(40), long(48));
     if fingerprint != session.model().fingerprint() {
-        return Err(bad("was saved with another model".into()));
+        return Err(bad(
+            "was saved with another model, or with a file of it that holds other numbers (types, roundings)".into(),
+        ));
     }
     if word(12) != cache_number(session.cache().k) {
         let name = ["f32", "f16", "bf16", "q8_0"].get(word(12) as usize).unwrap_or(&"an unknown type");

@@ -197,3 +197,45 @@ fn files_of_other_models_and_lengths_are_refused() {
     assert!(prompt_cache::load(&folder.0, &mut session).is_err());
     assert!(prompt_cache::save(&folder.0, &session, "").is_err());
 }
+
+/// Folder and file hold the same numbers, in places in other types: one model, and a cache of the one serves the other.
+#[test]
+fn a_cache_serves_every_file_with_the_same_numbers() {
+    use qwen3next_model::quantize::{quantize, Types};
+    let folder = Folder::new();
+    let open = |path: &Path| {
+        let loaded = Weights::load(path, &mut |_| ()).unwrap();
+        Model::new(loaded.config, loaded.weights)
+    };
+    let written = |name: &str, from: &Path, dtype| {
+        let to = folder.file(name);
+        quantize(from, &to, Types::all(dtype), &mut |_| ()).unwrap();
+        to
+    };
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../verify/golden/models");
+    for name in ["dense_mix", "dk_ne_dv", "mtp", "pattern", "plain", "ratio3", "tied"] {
+        let path = golden.join(name);
+        let (f32, bf16) = (written("f32.gguf", &path, DType::F32), written("bf16.gguf", &path, DType::BF16));
+        let own = open(&path).fingerprint();
+        assert_eq!(open(&f32).fingerprint(), own, "{name}");
+        let rounded = open(&bf16).fingerprint();
+        assert_ne!(rounded, own, "{name}");
+        assert_eq!(open(&written("wide.gguf", &bf16, DType::F32)).fingerprint(), rounded, "{name}");
+    }
+
+    let (path, cache) = (golden.join("ratio3"), folder.file("a.q3n"));
+    let gguf = written("f32.gguf", &path, DType::F32);
+    let (from, to, other) = (open(&path), open(&gguf), open(&written("q8.gguf", &path, DType::Q8_0)));
+    let session = |model| Session::new(model, 64, CacheTypes::default()).unwrap();
+    let (mut saved, mut loaded) = (session(&from), session(&to));
+    let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 50).collect();
+    read(&mut saved, &tokens[..30]);
+    prompt_cache::save(&cache, &saved, "").unwrap();
+    prompt_cache::load(&cache, &mut loaded).unwrap();
+    read(&mut saved, &tokens[30..]);
+    read(&mut loaded, &tokens[30..]);
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * a.abs().max(1.0);
+    assert!(saved.logits().iter().zip(loaded.logits()).all(near));
+    let why = prompt_cache::load(&cache, &mut session(&other)).unwrap_err().to_string();
+    assert!(why.contains("another model, or with a file of it that holds other numbers"), "{why}");
+}

@@ -4,7 +4,7 @@
 mod cli;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// Verify, measure and run the operators of Qwen3-Next.
@@ -70,7 +70,8 @@ fn main() -> ExitCode {
     if let Err(e) = interrupted {
         eprintln!("warning: an interrupt may leave a temporary file: {e}");
     }
-    let cli = match Cli::try_parse_from(cli::spelling::normalise(std::env::args_os())) {
+    let matches = negative_numbers(Cli::command()).try_get_matches_from(cli::spelling::normalise(std::env::args_os()));
+    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(e) => return refuse(&e),
     };
@@ -107,6 +108,16 @@ fn main() -> ExitCode {
             ExitCode::from(if e.is::<cli::Wrong>() { 1 } else { 2 })
         }
     }
+}
+
+/// Has every flag with a value take a negative number for one, so that what refuses it names the flag.
+fn negative_numbers(command: clap::Command) -> clap::Command {
+    let names: Vec<String> = command.get_subcommands().map(|c| c.get_name().to_string()).collect();
+    let command = command.mut_args(|arg| {
+        let takes = arg.get_action().takes_values() && !arg.is_positional();
+        arg.allow_negative_numbers(takes)
+    });
+    names.into_iter().fold(command, |command, name| command.mut_subcommand(name, negative_numbers))
 }
 
 /// Help goes out as it is; what is wrong with the arguments, in one line.

@@ -173,6 +173,10 @@ fn models_matrix_is_every_value_with_every_other() {
     }
     assert_eq!(all.iter().map(of).collect::<Vec<_>>(), want);
 
+    let lines = stdout("bench model -p 4 -n 0 -r 1 --no-warmup --fused-delta 0,1 --fused-delta 2 -o jsonl");
+    let modes = lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["fused_delta"].as_u64().unwrap());
+    assert_eq!(modes.collect::<Vec<_>>(), [0, 1, 2]);
+
     let csv = stdout("bench model -p 4 -n 2 -r 1 -o csv");
     let columns: Vec<&str> = csv.lines().next().unwrap().split(',').collect();
     assert_eq!(columns[..3], ["build_commit", "build_number", "cpu_info"]);

@@ -98,6 +98,8 @@ fn bad_input_is_status_2_and_one_line() {
         "generate -n -2",
         "generate -n 1 --stop=",
         "generate -n 1 --prompt-cache empty",
+        "generate -n 1 --prompt-cache no/such/folder/x",
+        "chat --prompt hi --chat-template chatml --prompt-cache .",
         "generate -n 1 --prompt-cache-ro",
         "generate -n 1 --repeat-penalty 0",
         "chat --prompt hi",

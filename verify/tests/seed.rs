@@ -43,6 +43,16 @@ fn the_modes_agree() {
     assert_eq!(rows[4]["ppl"], rows[5]["ppl"]);
     // Mode 2 is another kernel: equal bits would mean that it did not run.
     assert!(rows[2]["kl_mean"].as_f64().unwrap() > 0.0 && rows[5]["kl_mean"].as_f64().unwrap() > 0.0);
+    assert!(rows.iter().all(|r| r["device"] == "CPU" && r["why_cpu"].is_null()), "{document}");
+    assert_eq!((&document["backend"], &document["device"]), (&"CPU".into(), &Value::Null));
+}
+
+#[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
+#[test]
+fn devices_that_are_not_built_in_are_refused_by_name() {
+    for flag in ["-ngl", "--ngl", "--gpu-layers", "--n-gpu-layers"] {
+        refused(&run(&format!("regress {flag} 99")), "--gpu-layers 99: built without the feature cuda");
+    }
 }
 
 /// A kernel that forgets the decay where it gets a single token: prompts are right, decoding is not.
@@ -98,17 +108,28 @@ fn thresholds_are_held_and_flags_refused() {
     assert!(broken[0].contains("mode 0, decode") && broken[0].ends_with("limit 1.5"), "{text}");
     assert!(broken[5].contains("mode 2, prefill") && broken[5].ends_with("limit 1.25"), "{text}");
     for (line, names) in [
-        ("regress -ngl 99", "-ngl 99"),
-        ("regress --ngl 99", "-ngl 99"),
-        ("regress --n-cpu-moe 4", "--n-cpu-moe 4"),
+        ("regress -ngl 99 --variant recurrent_scalar", "--gpu-layers 99"),
         ("regress --variant nonsense", "--variant nonsense"),
         ("regress -c 100000", "--ctx 100000"),
         ("regress -m nowhere.gguf -f nowhere.txt", "nowhere"),
         ("regress --plugin nowhere.so:x", "nowhere.so"),
-        ("eval out --with-gpu", "--with-gpu"),
+        ("eval out -ngl 4", "--with-gpu"),
+        ("eval out --with-gpu -ngl 0", "-1 for all"),
+        ("eval out --with-gpu --device tpu", "--device"),
         ("eval out --peer x=y", "--peer"),
         ("bench matrix --peer x=y", "--peer"),
         ("bench matrix -p 0 -n 0", "-p 0 -n 0"),
+        ("bench matrix -m nowhere.gguf", "nowhere.gguf"),
+        ("regress --max-ratio x", "--max-ratio"),
+        ("regress -c -5", "'-5' for '--ctx"),
+        ("perplexity --windows 0", "--windows"),
+        ("perplexity -f /dev/null", "the text has 0 tokens"),
+        ("eval out -f /dev/null", "/dev/null: holds no text"),
+        ("eval out -p x", "-p x"),
+        ("eval out -p 0 -n 0", "-p 0 -n 0"),
+        ("eval out -c 0", "--ctx"),
+        ("eval out --vram nan", "--vram NaN"),
+        ("eval out -m Cargo.toml", "Cargo.toml"),
         ("fit --vram=-1", "--vram -1"),
         ("fit --n-cpu-moe 49", "--n-cpu-moe 49"),
         ("fit --quant nonsense", "--quant nonsense"),
@@ -227,7 +248,7 @@ fn builds_side_by_side() {
 fn the_harness_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out").display().to_string();
-    let line = format!("eval {out} --quick -p 4 -n 2 -t 1");
+    let line = format!("eval {out} --quick -p 4 -n 2 -t 1 --with-gpu");
     // Interrupted as soon as the first part is done: what is done is there, and nothing half-written.
     let mut child =
         command(&line.split_whitespace().collect::<Vec<_>>()).stderr(std::process::Stdio::null()).spawn().unwrap();
@@ -241,15 +262,28 @@ fn the_harness_resumes() {
     let output = run(&line);
     let kept = |output: &Output| -> Vec<bool> {
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        told.lines().filter(|l| l.contains(" of 4: ")).map(|l| l.ends_with("(kept)")).collect()
+        told.lines().filter(|l| l.contains(" of 7: ")).map(|l| l.ends_with("(kept)")).collect()
     };
     assert!(kept(&output)[0] && !kept(&output)[3]);
     let at = |name: &str| std::fs::read_to_string(Path::new(&out).join(name)).unwrap();
     let results = |_: ()| serde_json::from_str::<Value>(&at("results.json")).unwrap();
     assert_eq!(output.status.code(), Some(0), "{}{}", at("SUMMARY.md"), String::from_utf8_lossy(&output.stderr));
     let first = results(());
-    assert_eq!(first["parts"].as_array().unwrap().len(), 4);
+    assert_eq!(first["parts"].as_array().unwrap().len(), 7);
     let summary = at("SUMMARY.md");
+    // Where there is no GPU its parts say so, and fail nothing.
+    for (i, name) in ["verify-gpu", "regress-gpu", "bench-gpu"].into_iter().enumerate() {
+        let part = &first["parts"][4 + i];
+        assert_eq!((&part["name"], &part["status"]), (&name.into(), &0.into()), "{part}");
+        let verdict = match first["gpu"]["skipped"].as_str() {
+            Some(why) => {
+                assert!(part["skipped"] == why && part["result"].is_null() && why.len() > 10, "{part}");
+                format!("| {name} | SKIPPED: {why} |")
+            }
+            None => format!("| {name} | passed |"),
+        };
+        assert!(summary.contains(&verdict), "{verdict}\n{summary}");
+    }
     for text in ["| verify | passed |", "| regress | passed |", "| matrix | passed |", "| fit | passed |", "## Memory"]
     {
         assert!(summary.contains(text), "{text}\n{summary}");
@@ -259,7 +293,8 @@ fn the_harness_resumes() {
     // Cut off in the matrix: the parts before it are kept, and what is asked differently runs again.
     std::fs::remove_file(Path::new(&out).join("parts/matrix.json")).unwrap();
     let again = run(&format!("{line} --vram 24"));
-    assert_eq!(kept(&again), [true, true, false, false]);
+    let gpu = first["gpu"]["device"].is_string();
+    assert_eq!(kept(&again), [true, true, false, false, gpu, gpu, gpu]);
     let second = results(());
     assert_eq!(first["parts"][0], second["parts"][0]);
     assert_ne!(first["parts"][3]["result"]["vram"], second["parts"][3]["result"]["vram"]);

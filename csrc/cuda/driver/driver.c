@@ -1,12 +1,10 @@
 /* The CUDA driver's functions, each a jump to what libcuda.so.1 has under that name: the library is opened when the
-   first is called, so that a program built with `cuda` starts, and says what is missing, where there is no driver. The
-   list is made from cuda.h by build.rs: X(number, name). */
+   first is called, so that a program on cust starts, and says what is missing, where there is no driver. The list is
+   made from cuda.h by build.rs: X(number, name). Engines in C, which call the runtime alone, need nothing of this. */
 #include <dlfcn.h>
 #include <stdatomic.h>
-#include <stdio.h>
+#include <stddef.h>
 #include <string.h>
-
-#include "../cuda.h"
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #error "the CUDA driver is for x86-64 and AArch64"
@@ -18,24 +16,9 @@ static const char *const names[] = {
 #undef X
 };
 
-static _Atomic(void *) library, functions[sizeof names / sizeof names[0]];
-static char why[256];
+static _Atomic(void *) functions[sizeof names / sizeof names[0]];
 
-/* Two threads that come first at the same time open it twice, which is one library still. */
-static void *open_library(void) {
-  void *open = atomic_load(&library);
-  if (open) return open;
-  open = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (!open) {
-    const char *text = dlerror();
-    snprintf(why, sizeof why, "no CUDA driver: %s", text ? text : "libcuda.so.1 can't be loaded");
-    return NULL;
-  }
-  atomic_store(&library, open);
-  return open;
-}
-
-const char *q3n_cuda_driver_missing(void) { return open_library() ? NULL : why; }
+void *q3n_driver_library(void); /* runtime.cu */
 
 static int no_device(void) { return 100; }      /* CUDA_ERROR_NO_DEVICE */
 static int not_supported(void) { return 801; }  /* CUDA_ERROR_NOT_SUPPORTED: an older driver */
@@ -48,7 +31,7 @@ static int error_text(int error, const char **text) {
 __attribute__((visibility("hidden"), used)) void *q3n_driver_find(unsigned i) {
   void *function = atomic_load_explicit(&functions[i], memory_order_relaxed);
   if (function) return function;
-  void *open = open_library();
+  void *open = q3n_driver_library();
   if (!open) return strncmp(names[i], "cuGetError", 10) ? (void *)no_device : (void *)error_text;
   function = dlsym(open, names[i]);
   if (!function) return (void *)not_supported;

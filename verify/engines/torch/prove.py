@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs what README.md claims of the PyTorch operators and exits with 1 where one claim fails. run.sh builds and calls it.
 
-    prove.py [--record FILE]     FILE: the lines printed, as Markdown
+    prove.py [--record FILE] [PART …]     FILE: the lines printed, as Markdown; PART: what to run, e.g. executor gpu; default all
 """
 
 import argparse
@@ -28,7 +28,8 @@ import qwen3next_torch as q3n
 from qwen3next_torch import huggingface, native
 
 MODELS = pathlib.Path(__file__).resolve().parents[2] / "golden" / "models"
-lines, failed = [], []
+DELTA_KERNELS = ("", "recurrent_cuda", "chunked64_cuda")
+lines, failed, skipped = [], [], []
 
 
 def say(claim, holds, text):
@@ -38,10 +39,16 @@ def say(claim, holds, text):
         failed.append(claim)
 
 
-def inputs(b=2, t=70, hk=2, hv=4, k=32, v=48, seed=1):
+def skip(claim, why):
+    lines.append(f"| {claim} | SKIPPED: {why} | |")
+    print(f"SKIPPED {claim}: {why}", flush=True)
+    skipped.append(claim)
+
+
+def inputs(b=2, t=70, hk=2, hv=4, k=32, v=48, seed=1, device="cpu"):
     """q, k, v, g, beta, state. q, k, v are cut from one tensor, as after a projection: views with gaps."""
     r = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=r)
+    normal = lambda *shape: torch.randn(*shape, generator=r).to(device)
     row = normal(b, t, 2 * hk * k + hv * v)
     q, kk, vv = row.split([hk * k, hk * k, hv * v], dim=-1)
     return (q.unflatten(-1, (hk, k)), kk.unflatten(-1, (hk, k)), vv.unflatten(-1, (hv, v)), -normal(b, t, hv).abs(),
@@ -51,7 +58,8 @@ def inputs(b=2, t=70, hk=2, hv=4, k=32, v=48, seed=1):
 def l2(ours, theirs):
     """Worst relative L2 error of a row."""
     ours, theirs = ours.double().flatten(0, -2), theirs.double().flatten(0, -2)
-    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
+    # A row of zeros has to be met exactly.
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-30)).max().item()
 
 
 def registered():
@@ -118,7 +126,7 @@ def misuse():
     out = lambda **a: q3n.ops.gated_delta_out(**{**dict(q=q, k=k, v=v, g=g, beta=beta, state_in=None, o=o, state_out=None, scale=1.0), **a})
 
     def other_version():
-        native.run("norm", native.NormArgs(struct_bytes=8), cost=0)
+        native.run("norm", native.NormArgs(struct_bytes=8), o.device, cost=0)
 
     def little_scratch():
         a = native.GatedDeltaArgs(struct_bytes=ctypes.sizeof(native.GatedDeltaArgs), T=1, B=1, slots=1, HK=1, HV=1, K=4, V=4, scale=1)
@@ -126,7 +134,7 @@ def misuse():
         for name in "qkv":
             setattr(a, name, x.data_ptr())
         a.beta, a.o = x.data_ptr(), o.data_ptr()
-        native.run("gated_delta", a, cost=0, variant="chunked64_scalar", scratch=torch.empty(64, dtype=torch.uint8))
+        native.run("gated_delta", a, o.device, cost=0, variant="chunked64_scalar", scratch=torch.empty(64, dtype=torch.uint8))
 
     expanded = torch.empty(1, 70, 4, 48).expand(2, 70, 4, 48)
     wrong = [
@@ -141,6 +149,11 @@ def misuse():
         ("another variant", lambda: q3n.gated_delta(q, k, v, g, beta, None, 1.0, variant="fast"), "no variant 'fast'"),
         ("packed lengths that fall", lambda: q3n.gated_delta(q[:1], k[:1], v[:1], g[:1], beta[:1], None, 1.0, cu_seqlens=torch.tensor([0, 9, 5, 70])), "cu_seqlens: value out of range"),
     ]  # fmt: skip
+    refused("misuse is a RuntimeError with our text", wrong)
+
+
+def refused(claim, wrong):
+    """wrong: what is wrong, the call, and text of its error."""
     named = 0
     for what, call, text in wrong:
         try:
@@ -152,7 +165,189 @@ def misuse():
             named += 1
         else:
             print(f"     {what}: {got!r}, expected {text!r}")
-    say("misuse is a RuntimeError with our text", named == len(wrong), f"{named} of {len(wrong)} wrong calls, each naming its argument")
+    say(claim, named == len(wrong), f"{named} of {len(wrong)} wrong calls, each naming its argument")
+
+
+def every_call(device, variants=("",), indices="both"):
+    """Results by name of calls of every operator, on inputs that lie on the device. variants: of the delta rule. indices: on
+    the device, on the CPU, or on both."""
+    results = {}
+    q, k, v, g, beta, state = inputs(device=device)
+    tensor = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    cu_host, slots_host = torch.tensor([0, 3, 3, 70]), torch.tensor([4, 1])
+    cu, slots = (cu_host, slots_host) if indices == "cpu" else (cu_host.to(device), slots_host.to(device))
+    cu_host, slots_host = (cu_host, slots_host) if indices == "both" else (None, None)
+    channel = -tensor(2, 2, 70, 4, 32).abs()
+    packed = [x[:1] for x in (q, k, v, g, beta)]
+    for variant in variants:
+        results["gated_delta", variant] = q3n.gated_delta(q, k, v, g, beta, state, 0.2, True, variant=variant)
+        results["a decay a channel", variant] = q3n.gated_delta(q, k, v, channel, beta, None, 0.2, True, variant=variant)
+        results["packed", variant] = q3n.gated_delta(*packed, None, 0.2, True, cu_seqlens=cu, cu_seqlens_host=cu_host, variant=variant)
+    results["no decay, one token", ""] = q3n.gated_delta(q[:, :1], k[:, :1], v[:, :1], None, beta[:, :1], state, 0.2, True)
+    o, pool = torch.empty_like(tensor(3, 2, 70, 4, 48)), tensor(4, 6, 4, 48, 32)
+    q3n.ops.gated_delta_out(q, k, v, g, beta, pool, o, pool, 0.2, True, slots=slots, slots_host=slots_host)
+    results["states of a pool, in place", ""] = o, pool
+
+    x, w, bias = tensor(5, 2, 90, 40), tensor(6, 40, 4), tensor(7, 40)
+    results["causal_conv", ""] = q3n.causal_conv(x, w, bias, tensor(8, 2, 40, 3))
+    results["causal_conv, packed", ""] = q3n.causal_conv(x[:1, :70], w, None, None, False, cu, cu_seqlens_host=cu_host)
+    y, windows = torch.empty_like(x), tensor(9, 6, 40, 3)
+    q3n.ops.causal_conv_out(x, w, bias, windows, y, windows, slots=slots, slots_host=slots_host)
+    results["windows of a pool, in place", ""] = y, windows
+
+    x, z, w = tensor(10, 6, 5, 30), tensor(11, 6, 5, 16), tensor(12, 16)
+    for kind in ("rms", "rms_plus1", "rms_gated", "l2"):
+        results[f"norm {kind}", ""] = (q3n.norm(x[..., 7:23], None if kind == "l2" else w, z if kind == "rms_gated" else None, kind),)
+    return results
+
+
+def worst_error(ours, theirs):
+    """Over all calls; those of a variant beside the call that chose for itself."""
+    pairs = [(a.cpu(), b) for (call, variant), x in ours.items() for a, b in zip(x, theirs[call, ""])]
+    return max(l2(a, b) if torch.isfinite(a).all() else float("inf") for a, b in pairs)
+
+
+def other_indices(device):
+    """Whether a call is checked on one array and computed with another: copies on the CPU are for the check alone."""
+    q, k, v, g, beta, _ = (x[:1] for x in inputs(device=device))
+    of = lambda middle: torch.tensor([0, middle, 70])
+    expected = q3n.gated_delta(q, k, v, g, beta, None, 0.2, cu_seqlens=of(40).to(device))
+    ours = q3n.gated_delta(q, k, v, g, beta, None, 0.2, cu_seqlens=of(40).to(device), cu_seqlens_host=of(3))
+    return all(map(torch.equal, ours, expected))
+
+
+class OnGpu(torch.Tensor):
+    """Says that it lies on a GPU, and has no memory: for what is refused before memory is looked at."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device="cuda:0")
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        # As the dispatcher would, were there memory.
+        return getattr(q3n.ops, op.name().split("::")[1])._init_fn(*args, **(kwargs or {}))
+
+
+def cuda_misuse(device):
+    q, k, v, g, beta, state = inputs(device=device)
+    o = torch.empty(2, 70, 4, 48, device=device)
+    out = lambda **a: q3n.ops.gated_delta_out(**{**dict(q=q, k=k, v=v, g=g, beta=beta, state_in=None, o=o, state_out=None, scale=1.0), **a})
+    at = lambda *values: torch.tensor(values, device=device)
+    pack = lambda **a: q3n.gated_delta(q[:1], k[:1], v[:1], g[:1], beta[:1], None, 1.0, **a)
+    pool = torch.zeros(6, 4, 48, 32, device=device)
+    return [
+        ("last axis with gaps", lambda: out(q=torch.zeros(2, 70, 2, 64, device=device)[..., ::2]), "q: the last axis is not contiguous"),
+        ("another type", lambda: out(k=k.half()), "k: torch.float16, expected torch.float32"),
+        ("another shape", lambda: out(beta=beta[:, :5]), "beta: shape [2, 5, 4], expected [2, 70, 4]"),
+        ("output over an input", lambda: out(v=o), "o: overlaps an argument it must not overlap"),
+        ("a variant of the CPU", lambda: out(variant="recurrent_scalar"), "no variant 'recurrent_scalar'; there are cuda, "),
+        ("packed lengths that fall", lambda: pack(cu_seqlens=at(0, 9, 5, 70), cu_seqlens_host=torch.tensor([0, 9, 5, 70])), "cu_seqlens: value out of range"),
+        ("the same, without a copy", lambda: pack(cu_seqlens=at(0, 9, 5, 70)), "cu_seqlens: value out of range"),
+        ("a copy of another length", lambda: pack(cu_seqlens=at(0, 9, 70), cu_seqlens_host=torch.tensor([0, 70])), "cu_seqlens_host: shape [2], expected [3]"),
+        ("indices of another type", lambda: pack(cu_seqlens=at(0, 70).int()), "cu_seqlens: torch.int32, expected torch.int64"),
+        ("a slot outside the pool", lambda: out(state_in=pool, state_out=pool, slots=at(0, 6)), "slot_in: value out of range"),
+        ("a slot twice", lambda: out(state_in=pool, state_out=pool, slots=at(2, 2)), "slot_out: value out of range"),
+        ("slots without a pool", lambda: out(slots=at(0, 1)), "slots: given without a pool of states"),
+    ]  # fmt: skip
+
+
+def executor():
+    """The way of CUDA tensors without a GPU."""
+    if not native.HAS_EXECUTOR:
+        return skip("CUDA kernels on the host executor", "the package is built without it (Q3N_CUDA_HOST=1)")
+    cpu = torch.device("cpu")
+    expected = every_call(cpu)
+    with native.executor():
+        ours = [every_call(cpu, DELTA_KERNELS, indices) for indices in ("both", "device")]
+        swapped = other_indices(cpu)
+    error = max(worst_error(x, expected) for x in ours)
+    say("CUDA kernels on the host executor", error < 1e-5, f"{sum(map(len, ours))} calls of the three operators, the way of CUDA tensors but for the "
+        f"stream: worst row error {error:.1e} against the CPU operators")  # fmt: skip
+    say("index arrays of CUDA calls", swapped, "the check reads the copy on the CPU, the kernels the array on the device")
+
+    q, k, v, g, beta, _ = inputs()
+    gpu = [OnGpu(x) for x in (q, k, v, g, beta)]
+    mixed = [
+        ("key on a GPU", lambda: q3n.gated_delta(q, gpu[1], v, g, beta, None, 1.0), "k: lies on cuda:0, expected cpu"),
+        ("weights on a GPU", lambda: q3n.norm(q[0], OnGpu(torch.ones(32))), "w: lies on cuda:0, expected cpu"),
+    ]
+    if not native.HAS_CUDA:
+        text = "lies on cuda:0, and this package is built without CUDA kernels: Q3N_CUDA=1 pip install"
+        mixed += [
+            ("no CUDA in the build", lambda: q3n.ops.gated_delta_out(*gpu, None, gpu[2], None, 1.0), f"q: {text}"),
+            ("no CUDA in the build", lambda: q3n.norm(OnGpu(q[0]), None), f"x: {text}"),
+        ]
+    def captured(cu):
+        kept, native.capturing = native.capturing, lambda device: True
+        try:
+            q3n.gated_delta(q[:1], k[:1], v[:1], g[:1], beta[:1], None, 1.0, cu_seqlens=cu)
+        finally:
+            native.capturing = kept
+
+    mixed += [("no copy of indices while a graph is captured", lambda: captured(torch.tensor([0, 70])), "cu_seqlens_host: is needed while a graph is captured")]
+    with native.executor():
+        refused("misuse of CUDA calls", cuda_misuse(cpu) + mixed)
+
+
+def gpu():
+    """CUDA tensors."""
+    claims = ("CUDA tensors", "another stream", "torch.cuda.graph", "misuse of CUDA tensors")
+    missing = None if native.HAS_CUDA else "the package is built without CUDA kernels (Q3N_CUDA=1)"
+    if not missing and not torch.cuda.is_available():
+        missing = "torch finds no GPU"
+    if missing:
+        for claim in claims:
+            skip(claim, missing)
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    expected = every_call(torch.device("cpu"))
+    worst = max(worst_error(every_call(device, DELTA_KERNELS, where), expected) for where in ("both", "device", "cpu"))
+    say(claims[0], worst < 1e-5 and other_indices(device), f"on {torch.cuda.get_device_name()}: worst row error {worst:.1e} against the CPU operators")
+
+    q, k, v, g, beta, state = inputs(device=device)
+    stream = torch.cuda.Stream()
+    eager = q3n.gated_delta(q, k, v, g, beta, state, 0.2, True)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        v2 = v * 2
+        other = q3n.gated_delta(q, k, v2, g, beta, state * 2, 0.2, True)
+    stream.synchronize()
+    same = all(torch.equal(a * 2, b) for a, b in zip(eager, other))
+    say(claims[1], same, "behind a torch kernel of its own stream: twice the values, the bits twice")
+
+    cu, cu_host, x = torch.tensor([0, 3, 70], device=device), torch.tensor([0, 3, 70]), torch.randn(6, 5, 16, device=device)
+    row = torch.randn(1, 70, 40, device=device)
+    w = torch.randn(40, 4, device=device)
+    kept = state[:2].clone()
+
+    def step():
+        o = torch.empty(1, 70, 4, 48, device=device)
+        packed = [y[:1] for y in (q, k, v, g, beta)]
+        q3n.ops.gated_delta_out(*packed, kept, o, kept, 0.2, True, cu_seqlens=cu, cu_seqlens_host=cu_host)
+        return o, kept, q3n.norm(x, None), q3n.causal_conv(row, w, None, None, True, cu, cu_seqlens_host=cu_host)[0]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for y in (q, x, row):
+        y.mul_(0.5)
+    kept.copy_(state[:2])
+    eager = [y.clone() for y in step()]
+    kept.copy_(state[:2])
+    graph.replay()
+    torch.cuda.synchronize()
+    say(claims[2], all(map(torch.equal, captured, eager)), "three operators captured, replayed on other values: the bits of a fresh call")
+
+    cpu_q, *_ = inputs()
+    wrong = cuda_misuse(device) + [
+        ("key on the CPU", lambda: q3n.gated_delta(q, k.cpu(), v, g, beta, None, 1.0), f"k: lies on cpu, expected {device}"),
+        ("query on the CPU", lambda: q3n.gated_delta(cpu_q, k, v, g, beta, None, 1.0), f"k: lies on {device}, expected cpu"),
+    ]
+    refused(claims[3], wrong)
+    results = [r for r in opcheck(q3n.gated_delta, (q, k, v, g, beta, state, 0.2, True)).values()]
+    say("torch.library.opcheck on CUDA", all(r == "SUCCESS" for r in results), f"{len(results)} checks")
 
 
 def logits(model, tokens):
@@ -311,11 +506,16 @@ def distributed():
 
 
 def main():
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--record")
-    record = arguments.parse_args().record
-    for part in (registered, memory, threads, misuse, golden_models, distributed, speed):
-        part()
+    parts = {p.__name__: p for p in (registered, memory, threads, misuse, executor, gpu, golden_models, distributed, speed)}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--record")
+    parser.add_argument("part", nargs="*")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.part) - set(parts):
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    record = arguments.record
+    for name in arguments.part or parts:
+        parts[name]()
     if record:
         cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.processor())
         head = f"""# The PyTorch operators, proven
@@ -327,7 +527,7 @@ Speeds are medians of three rounds in turns; ratios, not times, compare between 
 | --- | --- | --- |
 """
         pathlib.Path(record).write_text(head + "\n".join(lines) + "\n")
-    print(f"{len(lines) - len(failed)} claims hold, {len(failed)} fail")
+    print(f"{len(lines) - len(failed) - len(skipped)} claims hold, {len(failed)} fail, {len(skipped)} skipped")
     sys.exit(bool(failed))
 
 

@@ -106,6 +106,9 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let tests: Vec<(usize, usize)> =
         prompts.into_iter().map(|p| (p, 0)).chain(gens.into_iter().map(|n| (0, n))).filter(|&t| t != (0, 0)).collect();
     ensure!(!tests.is_empty(), "-p 0 -n 0: nothing to measure");
+    if let Some(path) = &args.model {
+        std::fs::metadata(path).with_context(|| format!("{}", path.display()))?;
+    }
     let plot = args.plot.as_deref().map(super::Output::create).transpose()?;
     let threads = args.threads.unwrap_or_else(rayon::current_num_threads);
     let mut builds = builds(&args, tests.len())?;
@@ -308,7 +311,8 @@ pub fn markdown(document: &Value) -> String {
         }
         out.push('\n');
     }
-    out += "\nThe CPU alone.\n";
+    let on_cpu = |build: &Value| build["failed"] == json!(true) || build["backend"] == json!("CPU");
+    out += if document["builds"].as_array().into_iter().flatten().all(on_cpu) { "\nThe CPU alone.\n" } else { "\n" };
     document["notes"].as_array().into_iter().flatten().for_each(|n| out += &format!("- {}\n", text(n)));
     out
 }

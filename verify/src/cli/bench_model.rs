@@ -67,7 +67,7 @@ pub struct Args {
     /// Type of cached values (-ctv).
     #[arg(long, value_name = "TYPE")]
     cache_type_v: Vec<String>,
-    /// Delta rule: 0 unfused, 1 fused for several tokens, 2 fused.
+    /// Delta rule: 0 unfused, 1 fused for several tokens, 2 fused; 0,1,2 measures all.
     #[arg(long, value_name = "0|1|2")]
     fused_delta: Vec<String>,
     /// Skip the run before the first measured one.

@@ -78,6 +78,7 @@ struct Note {
 pub fn run(args: Args) -> anyhow::Result<Done> {
     args.sampling.sampler()?;
     args.sampling.limits(None, &[])?;
+    args.sampling.expect_writable()?;
     let mut extra = Extra::default();
     if let Some(path) = &args.tools {
         extra.json("tools", &super::read_text(path)?).with_context(|| path.display().to_string())?;

@@ -44,6 +44,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     };
     let sampler = args.sampling.sampler()?;
     let limits = args.sampling.limits(args.predict.0, &[])?;
+    args.sampling.expect_writable()?;
     let loaded = args.model.load()?;
     // With the first text, so that nothing is printed where the prompt cannot be read.
     let mut echo = (!args.no_echo).then_some(prompt.as_str());
@@ -135,7 +136,10 @@ fn speak_cached(
     }
     let guard = Guard::new();
     let begin = std::time::Instant::now();
-    let Some(reused) = read_prompt(&mut session, options, &tokens, &guard)? else { bail!("interrupted") };
+    let Some(reused) = read_prompt(&mut session, options, &tokens, &guard)? else {
+        eprintln!("interrupted");
+        std::process::exit(130)
+    };
     let prompt_seconds = begin.elapsed().as_secs_f64();
     if let Some(cache) = cache.filter(|cache| cache.write && reused < tokens.len()) {
         prompt_cache::save(cache.path, &session, "").context("--prompt-cache")?;

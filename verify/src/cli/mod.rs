@@ -88,6 +88,13 @@ pub fn read_text(path: &Path) -> anyhow::Result<String> {
     String::from_utf8(bytes).map_err(|_| anyhow::anyhow!("{}: is not UTF-8 text", path.display()))
 }
 
+/// Refuses a window that a text of so many tokens does not fill.
+pub fn expect_window(ctx: usize, tokens: usize) -> anyhow::Result<()> {
+    anyhow::ensure!(tokens >= 2, "the text has {tokens} tokens, expected at least 2");
+    anyhow::ensure!((2..=tokens).contains(&ctx), "--ctx {ctx}: expected 2 to {tokens}, the tokens of the text");
+    Ok(())
+}
+
 /// An error that is a wrong kernel rather than bad input: exit status 1.
 #[derive(Debug)]
 pub struct Wrong(pub String);

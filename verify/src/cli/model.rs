@@ -65,9 +65,23 @@ pub enum Device {
     Executor,
 }
 
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            Device::Cuda => "CUDA",
+            Device::Executor => "executor",
+        })
+    }
+}
+
 impl Offload {
     /// Copies the layers to the device, with a progress bar.
     pub fn apply(&self, loaded: &mut Loaded) -> anyhow::Result<()> {
+        self.upload(&mut loaded.model)
+    }
+
+    /// As [`Offload::apply`].
+    pub fn upload(&self, model: &mut Model) -> anyhow::Result<()> {
         if self.gpu_layers == 0 {
             return Ok(());
         }
@@ -77,7 +91,7 @@ impl Offload {
             let layers = usize::try_from(self.gpu_layers).unwrap_or(usize::MAX);
             let placement = qwen3next_model::offload::Placement { layers, cpu_experts: self.n_cpu_moe };
             let bar = super::progress(0, "to the device {wide_bar} {bytes}/{total_bytes}");
-            loaded.model.offload(&device, placement, &mut |done, total| {
+            model.offload(&device, placement, &mut |done, total| {
                 bar.set_length(total);
                 bar.set_position(done);
             })?;
@@ -86,8 +100,22 @@ impl Offload {
         }
         #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
         {
-            let _ = loaded;
+            let _ = model;
             bail!("--gpu-layers {}: built without the feature cuda, expected 0", self.gpu_layers)
+        }
+    }
+
+    /// The device's name, or why there is none.
+    pub fn device_name(&self) -> anyhow::Result<String> {
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        {
+            let device = self.open()?;
+            Ok(format!("{}, {}", device.name()?, device.driver()?))
+        }
+        #[cfg(not(any(feature = "cuda", feature = "cuda-host")))]
+        match self.device {
+            Device::Cuda => bail!("built without the feature cuda"),
+            Device::Executor => bail!("built without the feature cuda-host"),
         }
     }
 

@@ -16,13 +16,13 @@ pub struct Args {
     #[arg(short, long)]
     file: Option<PathBuf>,
     /// Tokens of a window; windows do not overlap and start from an empty state.
-    #[arg(short, long, default_value_t = 512)]
+    #[arg(short, long, default_value_t = 512, value_parser = model::at_least_one)]
     ctx: usize,
     /// Score every position of a window, not its second half alone.
     #[arg(long)]
     all_positions: bool,
     /// Only the first so many windows.
-    #[arg(long)]
+    #[arg(long, value_parser = model::at_least_one)]
     windows: Option<usize>,
     /// Also save the logits of the scored positions, float32 [positions, vocab].
     #[arg(long, value_name = "FILE.npy")]
@@ -43,14 +43,12 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     };
     let loaded = args.model.load()?;
     let mut tokens = loaded.tokenizer()?.encode(&text, false)?;
+    super::expect_window(args.ctx, tokens.len())?;
     if let Some(n) = args.windows {
         tokens.truncate(n.saturating_mul(args.ctx));
     }
     let scored = if args.all_positions { Scored::All } else { Scored::SecondHalf };
     let vocab = loaded.model.config().vocab;
-    if args.ctx < 2 || tokens.len() < args.ctx {
-        bail!("--ctx {}: expected 2 to {}, the tokens of the text", args.ctx, tokens.len());
-    }
     let rows = scored_rows(tokens.len(), args.ctx, scored);
     let mut base = args.kl_base.as_deref().map(|path| npy::Reader::open(path, rows, vocab)).transpose()?;
     let mut save = args.save_logits.as_deref().map(|path| npy::Writer::create(path, rows, vocab)).transpose()?;

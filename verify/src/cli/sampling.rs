@@ -1,6 +1,6 @@
 //! Options of commands that write text.
 
-use anyhow::bail;
+use anyhow::{bail, Context};
 use qwen3next_model::generate::{Sampler, Sampling};
 use qwen3next_model::session::{End, Limits};
 use qwen3next_model::stop::Stops;
@@ -41,6 +41,14 @@ pub struct Args {
 }
 
 impl Args {
+    /// Refuses a prompt cache that cannot be written, before a prompt is read for it.
+    pub fn expect_writable(&self) -> anyhow::Result<()> {
+        if let Some(path) = self.prompt_cache.as_deref().filter(|_| !self.prompt_cache_ro) {
+            drop(super::Output::create(path).context("--prompt-cache")?);
+        }
+        Ok(())
+    }
+
     /// A sampler at the start of its seed's draws.
     pub fn sampler(&self) -> anyhow::Result<Sampler> {
         Ok(Sampler::new(Sampling {

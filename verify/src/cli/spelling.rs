@@ -6,6 +6,7 @@ use std::ffi::OsString;
 const SPELLINGS: &[(&str, &str)] = &[
     ("-ub", "--ubatch"),
     ("-ngl", "--gpu-layers"),
+    ("--ngl", "--gpu-layers"),
     ("-fa", "--flash-attn"),
     ("-ctk", "--cache-type-k"),
     ("-ctv", "--cache-type-v"),

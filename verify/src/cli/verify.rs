@@ -97,17 +97,16 @@ pub fn gpu() -> Result<&'static qwen3next_kernels::device::Device, String> {
     }
 }
 
-/// Has the kernels run on the first GPU, or says why they can't.
+/// Has the kernels run on the first GPU and names it, or says why they can't.
 #[cfg(feature = "cuda")]
-fn on_gpu(options: &mut Options) -> Result<(), String> {
+fn on_gpu(options: &mut Options) -> Result<String, String> {
     let device = gpu()?;
-    println!("on {}", device.name().map_err(|e| e.to_string())?);
     options.device = Some(device);
-    Ok(())
+    device.name().map_err(|e| e.to_string())
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_gpu(_: &mut Options) -> Result<(), String> {
+fn on_gpu(_: &mut Options) -> Result<String, String> {
     Err("built without the feature cuda".into())
 }
 
@@ -138,9 +137,16 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
     let (variant, check, case) = (args.variant, args.check, args.case);
     options = Options { seed: args.seed, variant, isa, cuda_host, check, case, ..options };
     if args.backend == Backend::Cuda {
-        if let Err(why) = on_gpu(&mut options) {
-            println!("SKIPPED cuda: {why}\n\n0 checks passed, 0 failed, 1 skipped");
-            return Ok(Done::Ok);
+        match on_gpu(&mut options) {
+            Ok(name) => writeln!(std::io::stdout(), "on {name}")?,
+            Err(why) => {
+                let rows: Vec<Row> = entries.iter().map(|entry| no_gpu(entry.op, &why)).collect();
+                write_reports(reports(&args.json, &args.html)?, &options, &rows)?;
+                let skipped = entries.len();
+                let mut out = std::io::stdout();
+                writeln!(out, "SKIPPED cuda: {why}\n\n0 checks passed, 0 failed, {skipped} skipped")?;
+                return Ok(Done::Ok);
+            }
         }
     }
 
@@ -152,8 +158,7 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         super::plugin::verify_here(entry, &options, plugin);
         return Ok(Done::Ok);
     }
-    let json = args.json.as_deref().map(super::Output::create).transpose()?;
-    let html = args.html.as_deref().map(super::Output::create).transpose()?;
+    let [json, html] = reports(&args.json, &args.html)?;
     if args.mutants {
         return mutants::all(&options, args.first, json, html);
     }
@@ -164,17 +169,42 @@ pub fn run(args: Args) -> anyhow::Result<Done> {
         (None, plugins) => super::plugin::verify(&entries[0], &options, plugins, Duration::from_secs(args.timeout))?,
     };
     print(&rows, &mut std::io::stdout().lock())?;
-    let machine = report::Machine::here();
-    if let Some(file) = json {
-        file.finish(serde_json::to_string_pretty(&report::json(&machine, &options, &rows))?.as_bytes())?;
-    }
-    if let Some(file) = html {
-        file.finish(report::html(&machine, &options, &rows, None).as_bytes())?;
-    }
+    write_reports([json, html], &options, &rows)?;
     if rows.is_empty() {
         bail!("nothing to run: no variant has the instruction set {}", args.isa.unwrap_or_default());
     }
     Ok(if rows.iter().any(|r| matches!(r.verdict, Verdict::Failed { .. })) { Done::Failed } else { Done::Ok })
+}
+
+/// What stands for an operator where there is no GPU.
+fn no_gpu(op: &'static str, why: &str) -> Row {
+    Row {
+        op,
+        variant: "cuda",
+        isa: Isa::SCALAR,
+        check: "all",
+        passed: 0,
+        metrics: Default::default(),
+        distribution: Default::default(),
+        verdict: Verdict::Skipped(why.into()),
+    }
+}
+
+/// The files of `--json` and `--html`, begun.
+fn reports(json: &Option<PathBuf>, html: &Option<PathBuf>) -> anyhow::Result<[Option<super::Output>; 2]> {
+    let create = |path: &Option<PathBuf>| path.as_deref().map(super::Output::create).transpose();
+    Ok([create(json)?, create(html)?])
+}
+
+fn write_reports([json, html]: [Option<super::Output>; 2], options: &Options, rows: &[Row]) -> anyhow::Result<()> {
+    let machine = report::Machine::here();
+    if let Some(file) = json {
+        file.finish(serde_json::to_string_pretty(&report::json(&machine, options, rows))?.as_bytes())?;
+    }
+    if let Some(file) = html {
+        file.finish(report::html(&machine, options, rows, None).as_bytes())?;
+    }
+    Ok(())
 }
 
 /// All suites, or those of one operator.
@@ -198,7 +228,7 @@ fn write_cases(entries: &[Entry], options: &Options, folder: &Path) -> anyhow::R
             Some((count, bytes)) => {
                 let path = folder.join(format!("{}.cases", entry.op));
                 super::Output::create(&path)?.finish(&bytes)?;
-                println!("{}: {count} cases, {} bytes", path.display(), bytes.len());
+                writeln!(std::io::stdout(), "{}: {count} cases, {} bytes", path.display(), bytes.len())?;
             }
             None if entries.len() == 1 => bail!("--op {}: case files do not hold its outputs", entry.op),
             None => {}

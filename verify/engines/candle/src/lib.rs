@@ -1,8 +1,14 @@
-//! Qwen3-Next's operators as candle `CustomOp`s over [`qwen3next_kernels`], on the CPU. Tensors are read where they lie,
-//! with any strides, as long as the last axis is contiguous. Work is cut over rayon's current pool, which candle uses too.
-//! Outputs carry no gradient. Axes: B sequences, T tokens, HK key heads, HV value heads, K and V channels of a head.
+//! Qwen3-Next's operators as candle `CustomOp`s over [`qwen3next_kernels`], on the CPU and, with the feature `cuda`, on GPUs.
+//! Tensors are read where they lie, with any strides, as long as the last axis is contiguous. Work on the CPU is cut over
+//! rayon's current pool, which candle uses too; on a GPU it is queued on the stream of candle's device. Outputs carry no
+//! gradient. Axes: B sequences, T tokens, HK key heads, HV value heads, K and V channels of a head.
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use candle_core::quantized::{GgmlDType, QTensor};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Error, Layout, Result, Shape, Storage, Tensor, WithDType};
 use qwen3next_kernels::gated_delta::{Gate, HeadMap, LogDecay, State};
 use qwen3next_kernels::{attention, causal_conv, gated_delta, moe, DType, Exec, View, ViewMut, Weight};
@@ -72,7 +78,7 @@ pub struct GatedDelta {
 
 impl GatedDelta {
     /// o `[B, T, HV, V]` and the states after the last token `[B, HV, V, K]`, of q, k `[B, T, HK, K]`, v `[B, T, HV, V]`,
-    /// all f32. Errors name the argument.
+    /// all f32. Errors name the argument; a g above 0 is one on the CPU alone, as a GPU's values are not looked at.
     pub fn apply(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (b, t, hv, vd) = v.dims4()?;
         let kd = q.dims4()?.3;
@@ -133,6 +139,19 @@ impl CustomOp3 for GatedDelta {
         })?;
         let count = both.len();
         Ok((CpuStorage::F32(both), count.into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        lq: &Layout,
+        k: &CudaStorage,
+        lk: &Layout,
+        v: &CudaStorage,
+        lv: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::gated_delta(self, (q, lq), (k, lk), (v, lv))
     }
 }
 
@@ -205,6 +224,19 @@ impl CustomOp3 for CausalConv {
         let count = both.len();
         Ok((CpuStorage::F32(both), count.into()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+        window: &CudaStorage,
+        lwindow: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::causal_conv(self, (x, lx), (w, lw), (window, lwindow))
+    }
 }
 
 /// Flash attention with grouped heads, as in `csrc/attention/attention.h`.
@@ -273,6 +305,19 @@ impl CustomOp3 for Attention {
         })?;
         Ok((CpuStorage::F32(o), (&q.shape()).into()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &CudaStorage,
+        lq: &Layout,
+        k: &CudaStorage,
+        lk: &Layout,
+        v: &CudaStorage,
+        lv: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::attention(self, (q, lq), (k, lk), (v, lv))
+    }
 }
 
 /// Weights of all experts, `[E, rows, columns]`.
@@ -299,21 +344,24 @@ impl Experts {
                 f(Weight::new(bytes, DType::F32, dims).map_err(wrong)?)
             }),
             Experts::Quantized(tensor) => {
-                let dtype = match tensor.dtype() {
-                    GgmlDType::F16 => DType::F16,
-                    GgmlDType::BF16 => DType::BF16,
-                    GgmlDType::Q4_0 => DType::Q4_0,
-                    GgmlDType::Q8_0 => DType::Q8_0,
-                    GgmlDType::Q4K => DType::Q4_K,
-                    GgmlDType::Q5K => DType::Q5_K,
-                    GgmlDType::Q6K => DType::Q6_K,
-                    other => return Err(Error::Msg(format!("{name}: {other:?} is not taken"))),
-                };
                 let dims = axes3(name, tensor.shape().dims())?;
-                f(Weight::new(&tensor.data()?, dtype, dims).map_err(wrong)?)
+                f(Weight::new(&tensor.data()?, ggml_dtype(name, tensor.dtype())?, dims).map_err(wrong)?)
             }
         }
     }
+}
+
+fn ggml_dtype(name: &str, dtype: GgmlDType) -> Result<DType> {
+    Ok(match dtype {
+        GgmlDType::F16 => DType::F16,
+        GgmlDType::BF16 => DType::BF16,
+        GgmlDType::Q4_0 => DType::Q4_0,
+        GgmlDType::Q8_0 => DType::Q8_0,
+        GgmlDType::Q4K => DType::Q4_K,
+        GgmlDType::Q5K => DType::Q5_K,
+        GgmlDType::Q6K => DType::Q6_K,
+        other => return Err(Error::Msg(format!("{name}: {other:?} is not taken"))),
+    })
 }
 
 fn axes3(name: &str, dims: &[usize]) -> Result<[usize; 3]> {
@@ -337,7 +385,7 @@ pub struct Moe {
 
 impl Moe {
     /// y `[T, D]` of x `[T, D]` and the router's logits `[T, E]`, all f32. Errors name the argument; a NaN among the
-    /// logits is one.
+    /// logits is one on the CPU, and makes its token's y NaN on a GPU.
     pub fn apply(&self, x: &Tensor, logits: &Tensor) -> Result<Tensor> {
         x.apply_op2_no_bwd(logits, self)
     }
@@ -370,5 +418,16 @@ impl CustomOp2 for Moe {
             })
         })?;
         Ok((CpuStorage::F32(y), (&x.shape()).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        logits: &CudaStorage,
+        ll: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        cuda::moe(self, (x, lx), (logits, ll))
     }
 }

@@ -1,6 +1,9 @@
-"""The C library: its args structs, and calls cut over torch's own threads. Field by field as in csrc/*/<op>.h."""
+"""The C library: its args structs, calls cut over torch's own threads, and CUDA kernels queued on torch's current stream.
+Field by field as in csrc/*/<op>.h."""
 
+import contextlib
 import ctypes
+import functools
 import pathlib
 import sys
 
@@ -70,6 +73,7 @@ class Variant(ctypes.Structure):
 ARGS = {"gated_delta": GatedDeltaArgs, "causal_conv": CausalConvArgs, "norm": NormArgs}
 
 
+@functools.cache
 def _function(name, result, *arguments):
     function = getattr(_LIBRARY, name)
     function.restype, function.argtypes = result, arguments
@@ -112,8 +116,72 @@ _PARALLEL = _torch_threads() if "OpenMP" in torch.__config__.parallel_info() els
 _FORK_COST = 40_000
 
 
-def variants(op):
-    """Names of the variants of an operator that this CPU can run."""
+# CUDA kernels by the name of a variant; the first is the one that picks among them by the sizes.
+_KERNELS = {
+    "gated_delta": {"cuda": "gated_delta", "recurrent_cuda": "gated_delta_recurrent", "chunked64_cuda": "gated_delta_chunked"},
+    "causal_conv": {"cuda": "causal_conv"},
+    "norm": {"cuda": "norm"},
+}
+HAS_CUDA = hasattr(_LIBRARY, "q3n_norm_cuda")
+HAS_EXECUTOR = hasattr(_LIBRARY, "q3n_norm_cuda_host")
+# The low byte of a status whose text is a report of the CUDA runtime or of the host executor.
+_DEVICE_FAILED = 12
+
+
+class _Gpu:
+    """Kernels on the current stream of the current device."""
+
+    suffix, report = "_cuda", "q3n_cuda_report"
+
+    @staticmethod
+    def queue(name, address, scratch):
+        launch = _function(f"q3n_{name}_cuda", _I32, _POINTER, _POINTER, _POINTER)
+        return launch(address, scratch, torch.cuda.current_stream().cuda_stream)
+
+
+class _Executor:
+    """The same kernels on the CPU."""
+
+    suffix, report = "_cuda_host", "q3n_cuda_host_report"
+
+    @staticmethod
+    def queue(name, address, scratch):
+        items = _function(f"q3n_{name}_cuda_host_items", _I64, _POINTER)
+        return _function(f"q3n_{name}_cuda_host", _I32, _POINTER, _I64, _I64, _POINTER)(address, 0, items(address), scratch)
+
+
+_executing = False
+
+
+@contextlib.contextmanager
+def executor():
+    """For proofs without a GPU: tensors on the CPU take the way of CUDA tensors, but for the stream, and the host executor
+    runs the kernels. In packages built with Q3N_CUDA_HOST=1."""
+    global _executing
+    if not HAS_EXECUTOR:
+        raise RuntimeError("q3n: this package is built without the host executor: Q3N_CUDA_HOST=1 pip install")
+    _executing = True
+    try:
+        yield
+    finally:
+        _executing = False
+
+
+def guard(device):
+    """Makes a GPU the current device for a while."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def capturing(device):
+    """Whether a graph is captured of what is queued on that device now."""
+    with guard(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def variants(op, device="cpu"):
+    """Names of the variants of an operator that this CPU can run, or of its CUDA kernels."""
+    if device == "cuda":
+        return list(_KERNELS[op]) if HAS_CUDA else []
     return [name for name, v in _OPERATORS[op].variants.items() if _isa_available(v.contents.isa)]
 
 
@@ -122,30 +190,54 @@ def status_string(status):
     return _status_string(status).decode()
 
 
-def run(op, args, *, cost, variant="", threads=None, scratch=None):
-    """Checks args and runs every work item on torch's threads. RuntimeError with the library's text where it refuses.
+def _must(op, status, report=None):
+    if status:
+        failed = report and status & 0xFF == _DEVICE_FAILED
+        raise RuntimeError(f"q3n {op}: {_function(report, ctypes.c_char_p)().decode() if failed else status_string(status)}")
 
-    cost: rough number of operations, which decides how many threads are worth a fork. scratch: a uint8 tensor to use
-    instead of fresh memory.
-    """
-    operator = _OPERATORS[op]
-    address = ctypes.addressof(args)
 
-    def must(status):
-        if status:
-            raise RuntimeError(f"q3n {op}: {status_string(status)}")
+def _choose(op, variant, among):
+    if variant not in among:
+        raise RuntimeError(f"q3n {op}: no variant {variant!r}; there are {', '.join(among)}")
+    return among[variant]
 
-    must(operator.check(address))
-    if variant:
-        if variant not in operator.variants:
-            raise RuntimeError(f"q3n {op}: no variant {variant!r}; there are {', '.join(operator.variants)}")
-        chosen = operator.variants[variant]
+
+def run(op, args, device, *, cost, indices=None, variant="", threads=None, scratch=None):
+    """Checks args and computes. RuntimeError with the library's text where it refuses. indices: index arrays by name, each
+    as a tensor on the CPU, which the check reads, and one on the device, whose address then takes its place.
+
+    CPU: every work item on torch's threads. cost: rough number of operations, which decides how many threads are worth a
+    fork. scratch: a uint8 tensor to use instead of fresh memory.
+    CUDA: queued on the current stream of the device, with scratch from torch's allocator; nothing is waited for."""
+    indices = indices or {}
+    for name, (host, _) in indices.items():
+        setattr(args, name, host.data_ptr())
+    _must(op, _OPERATORS[op].check(ctypes.addressof(args)))
+    for name, (_, there) in indices.items():
+        setattr(args, name, there.data_ptr())
+    if device.type == "cpu" and not _executing:
+        _run_on_threads(op, args, cost, variant, threads, scratch)
     else:
-        chosen = operator.best(address)
+        _queue(op, args, device, variant)
+
+
+def _queue(op, args, device, variant):
+    machine, address = _Executor if device.type == "cpu" else _Gpu, ctypes.addressof(args)
+    name = _choose(op, variant or "cuda", _KERNELS[op])
+    with guard(device):
+        need = _function(f"q3n_{name}{machine.suffix}_scratch_bytes", _I64, _POINTER)(address)
+        # Of the current stream: freed on return, it goes to nobody else before the kernels are done.
+        scratch = torch.empty(need, dtype=torch.uint8, device=device)
+        _must(op, machine.queue(name, address, scratch.data_ptr() or None), machine.report)
+
+
+def _run_on_threads(op, args, cost, variant, threads, scratch):
+    operator, address = _OPERATORS[op], ctypes.addressof(args)
+    chosen = _choose(op, variant, operator.variants) if variant else operator.best(address)
     items = chosen.contents.items(address)
     parts = max(1, min(threads or torch.get_num_threads(), items, cost // _FORK_COST if threads is None else items))
     need = (chosen.contents.scratch_bytes(address) + 63) // 64 * 64
     if scratch is None:
         # torch's CPU allocator aligns to 64 bytes, which is what scratch needs.
         scratch = torch.empty(parts * need, dtype=torch.uint8)
-    must(_RANGES(_PARALLEL, operator.run, chosen, address, items, parts, scratch.data_ptr() or None, scratch.numel() // parts))
+    _must(op, _RANGES(_PARALLEL, operator.run, chosen, address, items, parts, scratch.data_ptr() or None, scratch.numel() // parts))
