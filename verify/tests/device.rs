@@ -11,9 +11,10 @@ use qwen3next_kernels::{
 
 fn devices() -> Vec<Device> {
     #[allow(unused_mut)]
-    let mut all = Vec::new();
-    #[cfg(feature = "cuda-host")]
-    all.push(Device::executor());
+    let mut all = vec![
+        #[cfg(feature = "cuda-host")]
+        Device::executor(),
+    ];
     #[cfg(feature = "cuda")]
     match Device::open(0) {
         Ok(gpu) => all.push(gpu),

@@ -56,9 +56,10 @@ fn launches_of_many_threads_do_not_disturb_each_other() {
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                // SAFETY: as above. Right kernels write only arrays of their own.
-                let right =
-                    (0..unsafe { q3n_executor_count() }).filter(|&i| unsafe { q3n_executor_found(i) }.is_null());
+                // SAFETY: as above.
+                let count = unsafe { q3n_executor_count() };
+                // SAFETY: below the length of the table. Right kernels write only arrays of their own.
+                let right = (0..count).filter(|&i| unsafe { q3n_executor_found(i) }.is_null());
                 right.cycle().take(60).for_each(|i| judge(i).unwrap());
             });
         }
