@@ -103,7 +103,7 @@ fn stage(
 ) -> Result<(), Error> {
     let device_layers::Work { experts: Work { ids, weights, staged, routing, .. }, stream, hidden, .. } = work;
     let (active, ids) = match streaming.only_active {
-        true => renumbered(ids.wait()?, config.moe.experts),
+        true => renumbered(ids.wait()?, config.moe.experts)?,
         false => ((0..config.moe.experts).collect(), ids.wait()?.to_vec()),
     };
     for (to, w) in staged.iter_mut().zip([&w.gate, &w.up, &w.down]) {
@@ -127,13 +127,16 @@ fn stage(
     Ok(moe::queue(args, stream)?)
 }
 
-/// The experts that come in `ids`, ascending, and for each id its place among them.
-fn renumbered(ids: &[i32], experts: usize) -> (Vec<usize>, Vec<i32>) {
+/// The experts that come in `ids`, ascending, and for each id its place among them. Error: an id that is no expert's.
+fn renumbered(ids: &[i32], experts: usize) -> Result<(Vec<usize>, Vec<i32>), Error> {
     let mut place = vec![-1; experts];
-    ids.iter().for_each(|&id| place[id as usize] = 0);
+    for &id in ids {
+        let known = usize::try_from(id).ok().and_then(|id| place.get_mut(id));
+        *known.ok_or_else(|| Error::argument("ids", format!("hold {id}, expected less than {experts}")))? = 0;
+    }
     let active: Vec<usize> = (0..experts).filter(|&e| place[e] == 0).collect();
     active.iter().zip(0..).for_each(|(&e, i)| place[e] = i);
-    (active, ids.iter().map(|&id| place[id as usize]).collect())
+    Ok((active, ids.iter().map(|&id| place[id as usize]).collect()))
 }
 
 /// Copies these experts, ascending, to the front of a buffer with room for `room` of them.
@@ -156,7 +159,11 @@ mod tests {
 
     #[test]
     fn ids_are_places_among_the_active() {
-        assert_eq!(renumbered(&[5, 2, 5, 7], 9), (vec![2, 5, 7], vec![1, 0, 1, 2]));
-        assert_eq!(renumbered(&[], 3), (vec![], vec![]));
+        assert_eq!(renumbered(&[5, 2, 5, 7], 9).unwrap(), (vec![2, 5, 7], vec![1, 0, 1, 2]));
+        assert_eq!(renumbered(&[], 3).unwrap(), (vec![], vec![]));
+        for id in [-1, 3] {
+            let why = renumbered(&[0, id], 3).unwrap_err().to_string();
+            assert!(why.contains(&format!("hold {id}")), "{why}");
+        }
     }
 }
