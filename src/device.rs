@@ -118,7 +118,7 @@ impl Device {
 
 impl Device {
     /// The host executor: memory of the CPU, kernels that run within the call that queues them. A mistake that it finds
-    /// in a kernel is that call's error.
+    /// in a kernel is that call's error. Every call makes a device of its own.
     #[cfg(feature = "cuda-host")]
     pub fn executor() -> Device {
         Device(Place::Executor, Default::default())
@@ -218,14 +218,9 @@ impl Device {
         }
     }
 
-    /// The same for clones alone; no context's address is 0.
+    /// The same for clones alone.
     fn id(&self) -> usize {
-        match &self.0 {
-            #[cfg(feature = "cuda")]
-            Place::Gpu(context) => Arc::as_ptr(context) as usize,
-            #[cfg(feature = "cuda-host")]
-            Place::Executor => 0,
-        }
+        Arc::as_ptr(&self.1) as usize
     }
 }
 
