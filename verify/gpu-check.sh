@@ -174,7 +174,7 @@ bench() {
 # Only where `bench model` takes layers to a GPU: where it does not, its figures are the CPU's.
 model() {
   say ''
-  say '## Model: real layer shapes, 4 layers, q4_k, random weights'
+  say '## Model: real layer shapes, 4 and 48 layers, q4_k, random weights'
   say ''
   step probe "$command" bench model -ngl -1 -p 8 -n 1 -r 1 -o json
   if ! grep -q '"backends": *"[^"]*CUDA' "$logs/probe"; then
@@ -185,10 +185,20 @@ model() {
   step synth "$command" synth "$logs/slice.gguf" --layers 4 --quant q4_k
   verdict synth "$(cat "$logs/synth.status")" "$logs/synth"
   [ "$(cat "$logs/synth.status")" = 0 ] || return
-  step model "$command" bench model -m "$logs/slice.gguf" -ngl -1 -p 512,2048,8192 -n 128
+  # The 48-layer model is these layers twelve times over, each with memory of its own; then its experts on the CPU.
+  model_of "$logs/slice.gguf" -ngl -1 -p 512,2048,8192 -n 128
+  model_of "$logs/slice.gguf" -ngl -1 --repeat-layers 48 -p 512,8192 -n 128 -r 2
+  model_of "$logs/slice.gguf" -ngl -1 --repeat-layers 48 --n-cpu-moe 48 -p 512,8192 -n 64 -r 1
   rm -f "$logs/slice.gguf"
-  verdict 'bench model -ngl -1' "$(cat "$logs/model.status")" "$logs/model"
-  grep -q '^|' "$logs/model" && { say ''; cat "$logs/model" >>"$out"; }
+}
+
+# model_of FILE FLAG...
+model_of() {
+  local file=$1
+  shift
+  step model "$command" bench model -m "$file" "$@"
+  verdict "bench model $*" "$(cat "$logs/model.status")" "$logs/model"
+  grep -q '^|' "$logs/model" && { say ''; cat "$logs/model" >>"$out"; say ''; }
 }
 
 run() {

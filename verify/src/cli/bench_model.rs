@@ -293,7 +293,7 @@ impl Test {
             ("build_number", json!(BUILD_NUMBER)),
             ("cpu_info", json!(machine.cpu)),
             ("gpu_info", json!("")),
-            ("backends", json!(if s.on_gpu() { "CUDA,CPU" } else { "CPU" })),
+            ("backends", json!(if s.on_gpu() { format!("{},CPU", s.on.device) } else { "CPU".into() })),
             ("model_filename", json!(filename)),
             ("model_type", json!(kind)),
             ("model_size", json!(size)),
@@ -340,7 +340,7 @@ impl Test {
             ("model", kind),
             ("size", in_units(size as f64, 1024.0, ["MiB", "GiB"])),
             ("params", in_units(parameters as f64, 1000.0, ["M", "B"])),
-            ("backend", if s.on_gpu() { "CUDA" } else { "CPU" }.into()),
+            ("backend", if s.on_gpu() { s.on.device.to_string() } else { "CPU".into() }),
             ("n_cpu_moe", s.cpu_moe.clone()),
             ("threads", s.threads.to_string()),
             ("n_batch", s.batch.to_string()),
@@ -362,6 +362,7 @@ impl Test {
         let work = Work::of(&run.loaded.model);
         let threads = self.setting.threads;
         match (self.prompt, self.gen) {
+            _ if self.setting.on_gpu() => Near::Unknown,
             (0, n) => {
                 let bytes = work.token_bytes(self.depth, n);
                 // The tokens together go over the whole model: where that fits a cache, so do the reads.
@@ -376,7 +377,7 @@ impl Test {
                 let (unit, roof) = known(unit).or_else(|| known(Unit::F32)).unwrap_or((Unit::F32, f64::NAN));
                 Near::Prompt { ops, roof, near: Roof { name: unit.name(), fraction: ops * speed / roof } }
             }
-            _ => Near::Both,
+            _ => Near::Unknown,
         }
     }
 }
@@ -387,8 +388,8 @@ enum Near {
     Generation { bytes: f64, roof: f64, near: Roof },
     /// Operations a token, operations a second that this machine does.
     Prompt { ops: f64, roof: f64, near: Roof },
-    /// Two bounds in one time: neither says much.
-    Both,
+    /// Two bounds in one time, or layers on a device, whose roofs are not the CPU's.
+    Unknown,
 }
 
 impl Near {
@@ -396,7 +397,7 @@ impl Near {
         let (bytes, ops, roof, near) = match *self {
             Near::Generation { bytes, roof, near } => (Some(bytes), None, Some(roof), Some(near)),
             Near::Prompt { ops, roof, near } => (None, Some(ops), Some(roof), Some(near)),
-            Near::Both => (None, None, None, None),
+            Near::Unknown => (None, None, None, None),
         };
         vec![
             ("bytes_per_token", json!(bytes.map(f64::round))),
@@ -415,7 +416,7 @@ impl Near {
             Near::Prompt { ops, near, .. } => {
                 format!("{} a token, {}", in_units(ops, 1000.0, ["MOP", "GOP"]), super::bench_op::percent(near))
             }
-            Near::Both => "–".into(),
+            Near::Unknown => "–".into(),
         }
     }
 }
