@@ -279,18 +279,19 @@ fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_gated_delta_args, Addr
     let pool = Pool::new(&mut args.state, &mut at, b, [hv, v, k])?;
     let raw = ffi::q3n_gated_delta_args {
         struct_bytes: size_of::<ffi::q3n_gated_delta_args>() as u64,
-        o: at.write(&mut args.o),
+        o: at.write(&mut args.o).cast(),
         state_out: pool.output.unwrap_or(std::ptr::null_mut()),
         snapshots: at.write_some(&mut args.snapshots),
-        q: at.read(&args.q),
-        k: at.read(&args.k),
-        v: at.read(&args.v),
+        q: at.read(&args.q).cast(),
+        k: at.read(&args.k).cast(),
+        v: at.read(&args.v).cast(),
         g,
         beta: at.read(&args.beta),
         state_in: pool.input.unwrap_or(std::ptr::null()),
         slot_in: pool.slot_in.unwrap_or(std::ptr::null()),
         slot_out: pool.slot_out.unwrap_or(std::ptr::null()),
         cu_seqlens: at.indices("cu_seqlens", &args.cu_seqlens, b + 1)?,
+        dtype: ffi::Q3N_F32,
         gate,
         head_map: match args.head_map {
             HeadMap::Grouped => ffi::Q3N_HEADS_GROUPED,

@@ -52,20 +52,23 @@ struct shared_chunk {
   q3n_shared<head> at;             /* here rather than in registers, of which there are few */
 };
 
-/* q and k of the tokens t0 .. t0 + n, zeros past n and K. */
+/* q and k of the tokens t0 .. t0 + n, zeros past n and K. f32 comes in the background. */
 template <int KP>
 __device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head &at, int64_t t0, int n, bool vectors,
                                       q3n_shared<float> k, q3n_shared<float> q) {
   for (int i = (int)threadIdx.x; i < 2 * C * KP / 4; i += (int)blockDim.x) {
     const int which = i / (C * KP / 4), row = i / (KP / 4) % C, c = i % (KP / 4) * 4;
-    const float *from = which ? at.q + (t0 + row) * a.q_t : at.k + (t0 + row) * a.k_t;
+    const void *array = which ? at.q : at.k;
+    const int64_t first = (t0 + row) * (which ? a.q_t : a.k_t) + c;
     const q3n_shared<float> to = (which ? q : k) + q3n_place(row, c / 8, c % 8, KP);
-    if (row < n && c < a.K && vectors) {
-      q3n_copy_async16(to, from + c);
+    if (row < n && c < a.K && vectors && a.dtype == Q3N_F32) {
+      q3n_copy_async16(to, (const float *)array + first);
+    } else if (row < n && c < a.K && vectors) {
+      q3n_store(to, q3n_four(array, first, a.dtype));
     } else {
       float x[4];
       Q3N_UNROLL
-      for (int j = 0; j < 4; j++) x[j] = row < n && c + j < a.K ? from[c + j] : 0.0f;
+      for (int j = 0; j < 4; j++) x[j] = row < n && c + j < a.K ? q3n_element(array, first + j, a.dtype) : 0.0f;
       q3n_store(to, make_float4(x[0], x[1], x[2], x[3]));
     }
   }
@@ -280,7 +283,7 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     Q3N_UNROLL
     for (int r = 0; r < 2; r++) {
       const int v = row + group + 8 * r;
-      u[r] = beta * ((v < a.V ? at.v[(t0 + t) * a.v_t + v] : 0.0f) - q3n_warp_sum(dot[r], 4));
+      u[r] = beta * ((v < a.V ? q3n_element(at.v, (t0 + t) * a.v_t + v, a.dtype) : 0.0f) - q3n_warp_sum(dot[r], 4));
     }
     Q3N_UNROLL
     for (int i = 0; i < KP / 8; i++) {
@@ -297,7 +300,7 @@ __device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated
     for (int r = 0; r < 2; r++) {
       const int v = row + group + 8 * r;
       const float o = q3n_warp_sum(out[r], 4);
-      if (member == 0 && t >= first && v < a.V) at.o[(t0 + t) * a.o_t + v] = o;
+      if (member == 0 && t >= first && v < a.V) q3n_set_element(at.o, (t0 + t) * a.o_t + v, a.dtype, o);
     }
     if (at.snapshots)
       store_state<KP>(s, at.snapshots + (t0 + t) * a.snap_t, a.snap_v, row, a, state_vectors);
@@ -347,7 +350,7 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
     for (int x = 0; x < 4; x++) {
       const int t = i0 + 8 * h + 2 * member + x % 2;
       const int v = row + group + x / 2 * 8;
-      w[h][x] = t < n && v < a.V ? at.v[(t0 + t) * a.v_t + v] : 0.0f;
+      w[h][x] = t < n && v < a.V ? q3n_element(at.v, (t0 + t) * a.v_t + v, a.dtype) : 0.0f;
     }
 
   {
@@ -463,7 +466,7 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
     for (int x = 0; x < 4; x++) {
       const int i = 8 * h + 2 * member + x % 2;
       const int v = row + group + x / 2 * 8;
-      if (i < good && i0 + i < n && v < a.V) at.o[(t0 + i0 + i) * a.o_t + v] = o[h][x];
+      if (i < good && i0 + i < n && v < a.V) q3n_set_element(at.o, (t0 + i0 + i) * a.o_t + v, a.dtype, o[h][x]);
     }
   return good;
 }
@@ -618,8 +621,7 @@ int64_t warps_of(const q3n_gated_delta_args *a) {
 }
 
 template <int KP> q3n_status launch(const q3n_gated_delta_args *a, q3n_stream stream) {
-  const bool token_vectors =
-      a->K % 4 == 0 && aligned(a->q, a->q_b, a->q_t, a->q_h, 0) && aligned(a->k, a->k_b, a->k_t, a->k_h, 0);
+  const bool token_vectors = a->K % 4 == 0 && tokens_aligned(a, 4);
   const bool state_vectors = a->K % 4 == 0 && aligned(a->state_in, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->state_out, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->snapshots, a->snap_b, a->snap_t, a->snap_h, a->snap_v);

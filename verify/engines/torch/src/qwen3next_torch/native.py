@@ -14,7 +14,7 @@ _SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = ctypes.CDLL(str(_FOLDER / f"libq3n{_SUFFIX}"))
 _RANGES = ctypes.CDLL(str(_FOLDER / "libq3n_ranges.so")).q3n_ranges
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _POINTER, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
