@@ -7,7 +7,7 @@ use qwen3next_kernels::memory::Float;
 use qwen3next_kernels::{Error, Exec, Operator, View, ViewMut};
 use qwen3next_verify::buffer::Layout;
 use qwen3next_verify::cases::gated_delta::{
-    call, judge, sequences_alone, Case, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
+    call, judge, sequences_alone, Case, Dtype as Number, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
 };
 use qwen3next_verify::compare::bitwise;
 use qwen3next_verify::reference::gated_delta::Form;
@@ -100,6 +100,7 @@ fn golden_vectors_of_hugging_face() {
             rows: Rows::Dense,
             layout: Layout::Packed,
             regime: Regime::Mild,
+            dtype: Number::F32,
         };
         let inputs = Inputs {
             q: narrow("q"),
