@@ -287,24 +287,27 @@ template <class R, class F> R with_form(const q3n_gated_delta_args *a, R none, c
   return fits<f32_form<128>>() ? f(f32_form<128>()) : none;
 }
 
-/* What a block of so many warps takes for a chunk, with o or without, in thirds of what a warp alone does of it. */
+/* What a block of so many warps takes for a chunk, with o or without: by the count of products, in thirds of those that
+   one warp does with o. Fewer than 4 warps leave tensor cores idle. */
 int64_t with_o(int64_t warps) { return 3 * (warps < 4 ? 4 : warps) + 4; }
 int64_t without_o(int64_t warps) { return 2 * (warps < 4 ? 4 : warps) + 2; }
 
-int64_t waves(int64_t blocks) { return (blocks + q3n_multiprocessors() - 1) / q3n_multiprocessors(); }
+/* The time of a launch, in those units for each chunk of a segment. */
+int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, const plan &p) {
+  const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS)), all = q3n_multiprocessors();
+  const int64_t waves = (pairs * blocks_of(*a, p, warps) + all - 1) / all;
+  const bool mixed = p.pass == plan::TRANSFERS && p.segments > 2 && waves > 1;
+  return waves * (mixed ? (with_o(warps) + without_o(warps)) / 2 : with_o(warps));
+}
 
-/* The time of `chunks` chunks of every sequence in so many segments, 1 for none, in the units of with_o. */
-int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments) {
-  const auto time = [&](const plan &p) {
-    const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
-    return waves(pairs * blocks_of(*a, p, warps)) * (p.pass == plan::TRANSFERS && segments > 2 &&
-                                                             pairs * blocks_of(*a, p, warps) > q3n_multiprocessors()
-                                                         ? (with_o(warps) + without_o(warps)) / 2
-                                                         : with_o(warps));
-  };
-  if (segments < 2) return chunks * time({plan::WHOLE, 1, nullptr});
+int64_t reckon_whole(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks) {
+  return chunks * reckon(a, pairs, {plan::WHOLE, 1, nullptr});
+}
+
+int64_t reckon_segments(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments) {
   const int64_t each = (chunks + segments - 1) / segments, crossing = 2 * WARPS;
-  return each * (time({plan::TRANSFERS, segments, nullptr}) + time({plan::REST, segments, nullptr})) +
+  return each * (reckon(a, pairs, {plan::TRANSFERS, segments, nullptr}) +
+                 reckon(a, pairs, {plan::REST, segments, nullptr})) +
          (segments - 2) * crossing;
 }
 
@@ -313,7 +316,7 @@ int segments_of(const q3n_gated_delta_args *a) {
   const int MOST = 16, LONG = 1024; /* chunks */
   int best = 2;
   for (int n = 3; n <= MOST; n++)
-    if (reckon(a, a->HV, LONG, n) < reckon(a, a->HV, LONG, best)) best = n;
+    if (reckon_segments(a, a->HV, LONG, n) < reckon_segments(a, a->HV, LONG, best)) best = n;
   return best;
 }
 
@@ -363,7 +366,8 @@ choice choose(const q3n_gated_delta_args *a) {
   /* Many heads leave no multiprocessor idle, and few tokens are over before the launches are. */
   if (chunks < 16 || a->B * a->HV > 2 * q3n_multiprocessors()) return CHUNKED;
   const int64_t pairs = a->B * a->HV;
-  return 10 * reckon(a, pairs, chunks, segments_of(a)) < 9 * reckon(a, pairs, chunks, 1) ? SEGMENTED : CHUNKED;
+  const bool pays = 10 * reckon_segments(a, pairs, chunks, segments_of(a)) < 9 * reckon_whole(a, pairs, chunks);
+  return pays ? SEGMENTED : CHUNKED;
 }
 
 } /* namespace */
