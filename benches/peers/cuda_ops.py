@@ -5,15 +5,16 @@
 
     python3 cuda_ops.py --case '{"op": "gated_delta", "shape": "16/32x128", "dtype": "f32", "tokens": 64}' --device cpu
 
-A case has the words of `bench op`; attention also has "heads", "16/2", and "dim". A peer computes once, on inputs drawn from
-a seed, and is compared with the formula in float64 on the same inputs, rounded to the peer's type. Only one that agrees
-is timed. Writes an object a line to stdout:
+A case has the words of `bench op`; attention also has "heads", "16/2", and "dim". A peer computes once, on inputs drawn
+from a seed, and is compared with the formula in float64 on the same inputs, rounded to the peer's type. Only one that
+agrees is timed. Writes an object a line to stdout:
 
     {"timed": {"peer", "dtype", "seconds": [a launch's, ...], "graph_s": seconds or null, "bytes", "row_l2", "limit"}}
     {"failed": {"peer", "why"}}
     {"skipped": {"peer", "why"}}
 
-"row_l2" is the error of the worst row over that row's norm, "bytes" every input and output once. Needs torch 2.5 or later.
+"row_l2" is the error of the worst row over that row's norm, "bytes" every input and output once. Needs torch 2.5 or
+later.
 """
 import argparse
 import importlib
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -107,7 +109,8 @@ def delta_chunks(torch, q, k, v, g, beta, state, chunk=64):
         new = values[:, :, i] - keys[:, :, i] @ s
         out.append((q[:, :, i] * decay[:, :, i].exp().unsqueeze(-1)) @ s + scores[:, :, i] @ new)
         last = decay[:, :, i, -1:]
-        s = last.exp().unsqueeze(-1) * s + (k[:, :, i] * (last - decay[:, :, i]).exp().unsqueeze(-1)).transpose(-1, -2) @ new
+        faded = k[:, :, i] * (last - decay[:, :, i]).exp().unsqueeze(-1)
+        s = last.exp().unsqueeze(-1) * s + faded.transpose(-1, -2) @ new
     out = torch.stack(out, 2).reshape(b, hv, -1, d)[:, :, :t]
     return out.transpose(1, 2).contiguous(), s.transpose(-1, -2).contiguous()
 
@@ -166,13 +169,14 @@ def gated_delta(torch, case, draw):
              Peer("fla", "fla chunk", "bf16", lambda: fla("chunk_gated_delta_rule")),
              Peer("fla", "fla recurrent", "bf16", lambda: fla("fused_recurrent_gated_delta_rule"))]
     if t == 1:
-        return peers + [Peer("flashinfer", "flashinfer decode, gates inside", "bf16", flashinfer_decode)]
-    return peers + [Peer("flashinfer", "flashinfer prefill, no norm", "bf16", flashinfer_prefill)]
+        return peers + [Peer("flashinfer", "flashinfer decode+gates", "bf16", flashinfer_decode)]
+    return peers + [Peer("flashinfer", "flashinfer prefill unnormed", "bf16", flashinfer_prefill)]
 
 
 def causal_conv(torch, case, draw):
     (c, width), t = numbers(case["shape"]), case["tokens"]
-    x, w, state = draw.normal(1, t, c, scale=3.0), draw.normal(c, width, scale=0.5), draw.normal(1, width - 1, c, scale=3.0)
+    x, w = draw.normal(1, t, c, scale=3.0), draw.normal(c, width, scale=0.5)
+    state = draw.normal(1, width - 1, c, scale=3.0)
     silu = torch.nn.functional.silu
 
     def want(x, w, state):
@@ -200,8 +204,9 @@ def causal_conv(torch, case, draw):
             last = torch.empty_like(own_state).transpose(1, 2)
 
             def call():
-                y, final = module.causal_conv1d_fn(own_x.transpose(1, 2), own_w, initial_states=own_state.transpose(1, 2),
-                                                   return_final_states=True, final_states_out=last, activation="silu")
+                y, final = module.causal_conv1d_fn(
+                    own_x.transpose(1, 2), own_w, initial_states=own_state.transpose(1, 2), return_final_states=True,
+                    final_states_out=last, activation="silu")
                 return y.transpose(1, 2), final.transpose(1, 2)
         return call, inputs, lambda: want(*inputs)
 
@@ -232,11 +237,12 @@ def attention(torch, case, draw):
 
     def sdpa():
         from torch.nn.attention.bias import causal_lower_right
+        function = torch.nn.functional.scaled_dot_product_attention
         mask = causal_lower_right(t, keys) if t > 1 else None
         one_q, one_k, one_v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
 
         def call():
-            o = torch.nn.functional.scaled_dot_product_attention(one_q, one_k, one_v, attn_mask=mask, enable_gqa=hq != hkv)
+            o = function(one_q, one_k, one_v, attn_mask=mask, enable_gqa=hq != hkv)
             return [o.squeeze(0).transpose(0, 1)]
         return call, [q, k, v], want
 
@@ -247,11 +253,11 @@ def attention(torch, case, draw):
         return (lambda: [module.single_decode_with_kv_cache(q[0], k, v, use_tensor_cores=tensor_cores).unsqueeze(0)],
                 [q, k, v], want)
 
-    peers = [Peer("torch", "torch sdpa, no gate", dtype, sdpa)]
+    peers = [Peer("torch", "torch sdpa ungated", dtype, sdpa)]
     if dtype == "f32":
         return peers
-    names = {False: "decode", True: "decode on tensor cores"} if t == 1 else {True: "prefill"}
-    return peers + [Peer("flashinfer", f"flashinfer {name}, no gate", dtype, lambda cores=cores: flashinfer(cores))
+    names = {False: "decode", True: "tensor-core decode"} if t == 1 else {True: "prefill"}
+    return peers + [Peer("flashinfer", f"flashinfer {name} ungated", dtype, lambda cores=cores: flashinfer(cores))
                     for cores, name in names.items()]
 
 
@@ -292,7 +298,9 @@ def solve_tri(torch, case, draw):
     def solve():
         def want():
             return [torch.linalg.solve_triangular((lower + eye).double(), right.double(), upper=False)]
-        call = lambda: [torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)]
+
+        def call():
+            return [torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)]
         return call, [lower] if inverse else [lower, right], want
     return [Peer("torch", "torch solve_triangular", "f32", solve)]
 
@@ -313,7 +321,8 @@ def moe_route(torch, case, draw):
     (e, top_k), t = numbers(case["shape"]), case["tokens"]
 
     def route():
-        logits = draw.normal(t, e)
+        # Far enough apart that no rounding exchanges two.
+        logits = draw.uniform(0.0, 1.0, t, e).argsort(-1) * (8.0 / e)
 
         def call():
             weights, ids = logits.softmax(-1).topk(top_k)
@@ -323,26 +332,25 @@ def moe_route(torch, case, draw):
             weights, ids = logits.double().softmax(-1).topk(top_k)
             return weights / weights.sum(-1, keepdim=True), ids.double()
         return call, [logits], want
-    return [Peer("torch", "torch softmax, topk", "f32", route)]
+    return [Peer("torch", "torch softmax+topk", "f32", route)]
 
 
 OPERATORS = {f.__name__: f for f in (gated_delta, causal_conv, attention, norm, solve_tri, matmul, moe_route)}
 
 
 def worst_row(torch, got, want):
-    """The largest error of a row over its norm; rows far below the others count as a tenth of their root mean square."""
+    """The largest error of a row over its norm, which counts as a tenth of the rows' root mean square at least."""
     if len(got) != len(want):
         raise ValueError(f"gave {len(got)} results, expected {len(want)}")
-    worst = 0.0
+    worst = []
     for have, should in zip(got, want):
         if have.shape != should.shape:
             raise ValueError(f"gave {list(have.shape)}, expected {list(should.shape)}")
         norms = should.double().norm(dim=-1)
         least = norms.square().mean().sqrt() / 10
-        error = ((have.double() - should).norm(dim=-1) / norms.clamp(min=least)).max().item()
-        # A NaN stays one: max() of Python would drop it.
-        worst = error if not error <= worst else worst
-    return worst
+        worst.append(((have.double() - should).norm(dim=-1) / norms.clamp(min=least)).max())
+    # Of the tensor, which keeps a NaN.
+    return torch.stack(worst).max().item()
 
 
 def on_cpu(call, args):
@@ -357,8 +365,8 @@ def on_cpu(call, args):
 
 
 def on_gpu(torch, call, args):
-    """Between events of one stream. The GPU is kept busy before each launch for longer than the CPU takes to queue it: a
-    pair of events spans the kernels, not Python."""
+    """Between events of one stream. Before each launch the GPU is kept busy for longer than the CPU takes to queue it:
+    a pair of events spans the kernels, not Python."""
     def event():
         return torch.cuda.Event(enable_timing=True)
 
@@ -370,6 +378,7 @@ def on_gpu(torch, call, args):
         torch.cuda.synchronize()
         once = time.perf_counter() - begin
     samples = int(min(max(MOST / once, 1), args.repetitions))
+    # At 2 GHz: slower clocks keep it busy for longer.
     cycles = int(2e9 * min(1.5 * queued + 2e-5, MOST))
     other = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     pairs = [(event(), event()) for _ in range(samples)]
@@ -384,10 +393,11 @@ def on_gpu(torch, call, args):
         after.record()
     torch.cuda.synchronize()
     seconds = [before.elapsed_time(after) / 1e3 for before, after in pairs]
-    return seconds, in_graph(torch, call, min(samples, int(MOST_IN_GRAPH / once) or 1)) if args.warm else None
+    launches = min(samples, max(int(MOST_IN_GRAPH / once), 1))
+    return seconds, in_graph(torch, call, launches, cycles) if args.warm else None
 
 
-def in_graph(torch, call, launches):
+def in_graph(torch, call, launches, cycles):
     """Seconds a launch of many in one graph; None where the peer can't be captured."""
     graph, before, after = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
     try:
@@ -399,6 +409,7 @@ def in_graph(torch, call, launches):
         torch.cuda.synchronize()
         return None
     graph.replay()
+    torch.cuda._sleep(cycles)
     before.record()
     graph.replay()
     after.record()
@@ -423,7 +434,8 @@ def measure(torch, peer, args):
         size += sum(x.nbytes for x in got)
         del got
         if not row_l2 <= limit:
-            return {"failed": {"peer": name, "why": f"a row is off by {row_l2:.1e} of its norm, expected up to {limit}"}}
+            why = f"a row is off by {row_l2:.1e} of its norm, expected up to {limit}"
+            return {"failed": {"peer": name, "why": why}}
         seconds, graph_s = on_cpu(call, args) if args.device == "cpu" else on_gpu(torch, call, args)
     except Exception as error:
         return {"failed": {"peer": name, "why": reason(error)}}
@@ -431,48 +443,75 @@ def measure(torch, peer, args):
                       "row_l2": row_l2, "limit": limit}}
 
 
-def lines(case, args):
-    """A line about every peer of a case, or about every module that is not there."""
-    skipped = lambda peer, why: {"skipped": {"peer": peer, "why": why}}
+def tell(case, args, say):
+    """Says a line about every peer of a case, or about every module that is not there."""
+    def skipped(peer, why):
+        say({"skipped": {"peer": peer, "why": why}})
+
+    nothing = f"none compares with {case['op']} {case['shape']} {case['dtype']}"
+    if case["op"] not in OPERATORS:
+        return skipped("peers", nothing)
     try:
         import torch
     except ImportError as error:
-        yield skipped("torch", reason(error))
-        return
+        return skipped("torch", reason(error))
     if args.device == "cuda" and not torch.cuda.is_available():
-        yield skipped("torch", "knows no GPU")
-        return
+        return skipped("torch", "knows no GPU")
+    torch.set_grad_enabled(False)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    peers = OPERATORS[case["op"]](torch, case, Draw(torch, args.device)) if case["op"] in OPERATORS else []
+    peers = OPERATORS[case["op"]](torch, case, Draw(torch, args.device))
     if not peers:
-        yield skipped("peers", f"none compares with {case['op']} {case['shape']} {case['dtype']}")
+        return skipped("peers", nothing)
     there = {}
     for peer in peers:
         if peer.module not in there:
             try:
-                importlib.import_module(peer.module)
-                there[peer.module] = True
+                there[peer.module] = importlib.import_module(peer.module)
             except Exception as error:
-                there[peer.module] = False
-                yield skipped(peer.module, reason(error))
+                there[peer.module] = None
+                skipped(peer.module, reason(error))
         if there[peer.module]:
-            yield measure(torch, peer, args)
+            watch = threading.Timer(args.limit, give_up, [peer, args.limit, say])
+            watch.daemon = True
+            watch.start()
+            line = measure(torch, peer, args)
+            watch.cancel()
+            say(line)
+
+
+def give_up(peer, limit, say):
+    """Ends the process: what hangs in a kernel or a compiler can't be stopped otherwise."""
+    why = f"not done after {limit:g} s; peers after it were left out"
+    say({"failed": {"peer": f"{peer.name} ({peer.dtype})", "why": why}})
+    os._exit(0)
+
+
+def a_case(text):
+    expected = {"op": str, "shape": str, "dtype": str, "tokens": int}
+    try:
+        case = json.loads(text)
+        if all(isinstance(case[key], kind) for key, kind in expected.items()):
+            return case
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a JSON object with {', '.join(expected)}")
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--case", required=True, type=json.loads, help="what to compute, a JSON object")
+    ap.add_argument("--case", required=True, type=a_case, metavar="JSON", help="what to compute")
     ap.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
                     help="cpu: torch's own peers alone can run there, timed by the clock")
     ap.add_argument("-r", "--repetitions", type=int, default=100, help="samples, of slow peers fewer; default 100")
     ap.add_argument("--warm", action="store_true",
                     help="leave L2 as the launch before left it; also time a graph of launches")
+    ap.add_argument("--limit", type=float, default=120.0, metavar="S",
+                    help="seconds that a peer may take in all, compiling itself included; default 120")
     args = ap.parse_args()
     # What a package prints when it is loaded is no result.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in lines(args.case, args):
-        print(json.dumps(line), file=out, flush=True)
+    tell(args.case, args, lambda line: print(json.dumps(line), file=out, flush=True))
 
 
 if __name__ == "__main__":

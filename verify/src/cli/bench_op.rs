@@ -964,4 +964,20 @@ mod tests {
         assert!(text.lines().any(|l| l.starts_with("| slow (bf16)") && l.contains("9000000.0")), "{text}");
         Ok(())
     }
+
+    /// The script's own words, with what torch can do on a CPU.
+    #[test]
+    #[ignore = "python3 has to have torch"]
+    fn torch_stands_in_the_table() -> anyhow::Result<()> {
+        let device: &'static Device = Box::leak(Box::new(Device::executor()));
+        let kernel = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device)[0].name().to_string();
+        let others = super::super::bench_peers::tests::on_cpu()?;
+        let lines = measure_on(device, vec![delta_point(1, 3, 1, 2, 32)], &[kernel], 2, false, Some(&others))?;
+        let mut text = Vec::new();
+        table(&lines, &mut text)?;
+        println!("{}{:?}", String::from_utf8(text)?, others.notes());
+        assert_eq!(lines.iter().map(|l| l.variant).skip(1).collect::<Vec<_>>(), ["torch chunks (f32)"]);
+        assert!(lines[1].metrics.bound_multiple < 0.1 && lines[1].roof.fraction > 0.0);
+        Ok(())
+    }
 }

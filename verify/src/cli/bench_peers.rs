@@ -158,6 +158,11 @@ pub mod tests {
         (file, Peers { python: "sh", script, device: "cpu", sizes, notes: RefCell::default() })
     }
 
+    /// The script itself, on the CPU.
+    pub fn on_cpu() -> anyhow::Result<Peers> {
+        Ok(Peers { device: "cpu", ..Peers::find(json!({}))? })
+    }
+
     fn ask(peers: &Peers) -> Vec<Row> {
         peers.measure(["attention", "64", "f16"], 3, 7, true)
     }
