@@ -1,0 +1,288 @@
+/* The chunk form for keys, queries and values in bf16, which are factors as they lie. What is f32 (the state, A, P, u) is
+   two bf16 numbers, hi + lo, 2^-17 off at most: two products with a key or query, three where both sides are f32.
+   Columns of two sums are the columns of a left factor: u and S go from product to product without a shuffle.
+
+   A chunk in which something is not finite that was, and one whose states are asked for, goes token by token. */
+#ifndef Q3N_GATED_DELTA_CHUNKED_BF16_CUH
+#define Q3N_GATED_DELTA_CHUNKED_BF16_CUH
+
+#include "gated_delta_chunked_parts.cuh"
+
+namespace {
+
+/* Rows of keys or queries, two channels a word. Eights of channels, 16 bytes, change places by rows, so that eight rows'
+   same eight lies in different banks. */
+template <int KP> struct bf16_tokens {
+  q3n_shared<uint32_t> x; /* [C][KP / 2] */
+
+  static __device__ __forceinline__ int place(int row, int eight) {
+    return row * (KP / 2) + (eight ^ (KP >= 64 ? row & 7 : row / 2 & 3)) * 4;
+  }
+  __device__ __forceinline__ uint32_t word(int row, int eight, int member) const {
+    return x[place(row, eight) + member];
+  }
+  __device__ __forceinline__ float2 pair(int row, int eight, int one) const {
+    const uint32_t u = word(row, eight, one / 2);
+    return make_float2(q3n_bf16_float(u & 0xffffu), q3n_bf16_float(u >> 16));
+  }
+  /* Of an eighth of the row. */
+  __device__ __forceinline__ float squares(int row, int member) const {
+    float sum = 0.0f;
+    for (int eight = member; eight < KP / 8; eight += 8) {
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) {
+        const float2 v = pair(row, eight, 2 * i);
+        sum = __fmaf_rn(v.x, v.x, __fmaf_rn(v.y, v.y, sum));
+      }
+    }
+    return sum;
+  }
+};
+
+/* Two f32 numbers as hi + lo each. */
+__device__ __forceinline__ void split(float x, float y, uint32_t &hi, uint32_t &lo) {
+  hi = q3n_pack_bf16(x, y);
+  lo = q3n_pack_bf16(x - q3n_bf16_float(hi & 0xffffu), y - q3n_bf16_float(hi >> 16));
+}
+
+struct left_factor {
+  uint32_t hi[4], lo[4];
+};
+struct right_factor {
+  uint32_t hi[2], lo[2];
+};
+
+/* Two neighbouring tiles of sums: their columns are the factor's 16. */
+__device__ __forceinline__ left_factor split_left(const float (&x)[4], const float (&y)[4]) {
+  left_factor f;
+  split(x[0], x[1], f.hi[0], f.lo[0]);
+  split(x[2], x[3], f.hi[1], f.lo[1]);
+  split(y[0], y[1], f.hi[2], f.lo[2]);
+  split(y[2], y[3], f.hi[3], f.lo[3]);
+  return f;
+}
+
+/* Rows i .. i + 8 and columns j .. j + 16 of A or P, transposed. */
+__device__ __forceinline__ right_factor split_matrix(q3n_shared<float> x, int i, int j) {
+  const int lane = (int)(threadIdx.x % 32);
+  right_factor f;
+  Q3N_UNROLL
+  for (int half = 0; half < 2; half++) {
+    const float2 v = q3n_load<float2>(x + q3n_place(i + lane / 4, j / 8 + half, 2 * (lane % 4), C));
+    split(v.x, v.y, f.hi[half], f.lo[half]);
+  }
+  return f;
+}
+
+__device__ __forceinline__ void add_product(float (&sums)[4], const left_factor &a, const uint32_t (&b)[2]) {
+  q3n_mma_bf16(sums, a.lo, b, sums);
+  q3n_mma_bf16(sums, a.hi, b, sums);
+}
+
+__device__ __forceinline__ void add_product(float (&sums)[4], const left_factor &a, const right_factor &b) {
+  q3n_mma_bf16(sums, a.hi, b.lo, sums);
+  add_product(sums, a, b.hi);
+}
+
+template <int WIDTH> struct bf16_form {
+  static constexpr int KP = WIDTH;
+  static constexpr int STAGE = C * KP / 2; /* elements of a chunk's keys */
+  static constexpr int U = 0;              /* floats that a warp works in */
+  static constexpr int VECTOR = 8;         /* channels of a copy in the background */
+  static constexpr int BLOCKS = 1;
+  using element = uint32_t;
+  using tokens = bf16_tokens<KP>;
+  using chunk = shared_chunk<tokens>;
+
+  /* q, if wanted, and k of the tokens t0 .. t0 + n, zeros past n and K. */
+  static __device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head &at, int64_t t0, int n,
+                                               bool queries, bool vectors, q3n_shared<uint32_t> k) {
+    for (int i = (int)threadIdx.x; i < (queries ? 2 : 1) * C * KP / 8; i += (int)blockDim.x) {
+      const int which = i / (C * KP / 8), row = i / (KP / 8) % C, c = i % (KP / 8) * 8;
+      const uint16_t *from = (const uint16_t *)(which ? at.q : at.k) + (t0 + row) * (which ? a.q_t : a.k_t);
+      const q3n_shared<uint32_t> to = k + which * STAGE + tokens::place(row, c / 8);
+      if (row < n && c < a.K && vectors) {
+        q3n_copy_async16(to, (const uint32_t *)(const void *)(from + c));
+      } else {
+        const auto channel = [&](int j) { return row < n && j < a.K ? (uint32_t)from[j] : 0u; };
+        Q3N_UNROLL
+        for (int j = 0; j < 4; j++) to[j] = channel(c + 2 * j) | channel(c + 2 * j + 1) << 16;
+      }
+    }
+    q3n_copy_commit();
+  }
+
+  static __device__ __forceinline__ void scores(const chunk &ch, int i0, int j0, bool queries, float (&kk)[4],
+                                                float (&qk)[4]) {
+    const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
+    Q3N_UNROLL
+    for (int x = 0; x < 4; x++) kk[x] = qk[x] = 0.0f;
+    Q3N_UNROLL
+    for (int c = 0; c < KP / 8; c += 2) {
+      const uint32_t key[2] = {ch.k.word(j0 + group, c, member), ch.k.word(j0 + group, c + 1, member)};
+      const auto add = [&](const tokens &x, float(&sums)[4]) {
+        const uint32_t left[4] = {x.word(i0 + group, c, member), x.word(i0 + group + 8, c, member),
+                                  x.word(i0 + group, c + 1, member), x.word(i0 + group + 8, c + 1, member)};
+        q3n_mma_bf16(sums, left, key, sums);
+      };
+      add(ch.k, kk);
+      if (queries) add(ch.q, qk);
+    }
+  }
+
+  /* w and o, which hold 0, take S k and S q of all tokens. */
+  static __device__ __forceinline__ void read_state(const rows_of_state<KP> &s, bool queries, const chunk &ch,
+                                                    float (&w)[C / 8][4], float (&o)[C / 8][4]) {
+    const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
+    Q3N_UNROLL
+    for (int c = 0; c < KP / 8; c += 2) {
+      float x[2][4];
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) x[0][i] = s.x[c][i] * SCALE, x[1][i] = s.x[c + 1][i] * SCALE;
+      const left_factor state = split_left(x[0], x[1]);
+      Q3N_UNROLL
+      for (int e = 0; e < C / 8; e++) {
+        const int t = 8 * e + group;
+        const uint32_t key[2] = {ch.k.word(t, c, member), ch.k.word(t, c + 1, member)};
+        add_product(w[e], state, key);
+        if (!queries) continue;
+        const uint32_t query[2] = {ch.q.word(t, c, member), ch.q.word(t, c + 1, member)};
+        add_product(o[e], state, query);
+      }
+    }
+  }
+
+  /* w, the right-hand sides, become u, and o is complete: 16 tokens after 16. */
+  static __device__ __forceinline__ void solve(int n, bool queries, const chunk &ch, float (&w)[C / 8][4],
+                                               float (&o)[C / 8][4]) {
+    const int member = (int)(threadIdx.x % 4);
+    left_factor u[C / BLOCK];
+    Q3N_UNROLL
+    for (int b = 0; b < C / BLOCK; b++) {
+      const int i0 = b * BLOCK;
+      if (i0 >= n) break;
+      float au[2][4] = {}, pu[2][4] = {};
+      Q3N_UNROLL
+      for (int j = 0; j < b; j++)
+        Q3N_UNROLL
+        for (int h = 0; h < 2; h++) {
+          add_product(au[h], u[j], split_matrix(ch.a, i0 + 8 * h, j * BLOCK));
+          if (queries) add_product(pu[h], u[j], split_matrix(ch.p, i0 + 8 * h, j * BLOCK));
+        }
+      Q3N_UNROLL
+      for (int h = 0; h < 2; h++)
+        Q3N_UNROLL
+        for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(-UNSCALE, au[h][x], w[2 * b + h][x]), au[h][x] = 0.0f;
+      u[b] = split_left(w[2 * b], w[2 * b + 1]);
+      Q3N_UNROLL
+      for (int h = 0; h < 2; h++) {
+        add_product(au[h], u[b], split_matrix(ch.a, i0 + 8 * h, i0));
+        Q3N_UNROLL
+        for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(UNSCALE, au[h][x], w[2 * b + h][x]);
+      }
+      u[b] = split_left(w[2 * b], w[2 * b + 1]);
+      if (!queries) continue;
+      Q3N_UNROLL
+      for (int h = 0; h < 2; h++) {
+        add_product(pu[h], u[b], split_matrix(ch.p, i0 + 8 * h, i0));
+        Q3N_UNROLL
+        for (int x = 0; x < 4; x++) {
+          const float self = ch.self[i0 + 8 * h + 2 * member + x % 2];
+          o[2 * b + h][x] = __fmaf_rn(UNSCALE, pu[h][x], __fmaf_rn(self, w[2 * b + h][x], o[2 * b + h][x]));
+        }
+      }
+    }
+  }
+
+  /* u times the keys decayed to the chunk's end. */
+  static __device__ __forceinline__ void write(rows_of_state<KP> &written, int n, const chunk &ch,
+                                               const float (&u)[C / 8][4]) {
+    const int lane = (int)(threadIdx.x % 32), member = lane % 4;
+    clear(written);
+    Q3N_UNROLL
+    for (int b = 0; b < C / BLOCK; b++) {
+      if (b * BLOCK >= n) break;
+      float x[2][4];
+      Q3N_UNROLL
+      for (int h = 0; h < 2; h++)
+        Q3N_UNROLL
+        for (int i = 0; i < 4; i++) {
+          const int t = b * BLOCK + 8 * h + 2 * member + i % 2;
+          x[h][i] = u[2 * b + h][i] * ((float)ch.end[t] * SCALE * (float)ch.key[t]);
+        }
+      const left_factor factor = split_left(x[0], x[1]);
+      Q3N_UNROLL
+      for (int c = 0; c < KP / 8; c += 2) {
+        uint32_t keys[4];
+        q3n_load_transposed(keys, ch.k.x + tokens::place(b * BLOCK + lane % 16, c + lane / 16));
+        add_product(written.x[c], factor, {keys[0], keys[1]});
+        add_product(written.x[c + 1], factor, {keys[2], keys[3]});
+      }
+    }
+  }
+
+  /* A chunk of n tokens, from when A and P are there. */
+  static __device__ __forceinline__ void run(rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
+                                             bool queries, const chunk &ch, q3n_shared<float>,
+                                             bool (&live)[2], bool state_vectors) {
+    const head at = ((job)ch.now[0]).at;
+    const rows row = find_rows(a, ch.now[0]);
+    const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
+    const bool step = queries && at.snapshots;
+    float v[C / 8][4], w[C / 8][4] = {}, o[C / 8][4] = {}; /* tokens 8 e + 2 member + x % 2, rows group + x / 2 * 8 */
+    const auto token = [&](int e, int x) { return 8 * e + 2 * member + x % 2; };
+    const auto channel = [&](int x) { return row.first + group + x / 2 * 8; };
+    Q3N_UNROLL
+    for (int e = 0; e < C / 8; e++)
+      Q3N_UNROLL
+      for (int x = 0; x < 4; x++)
+        v[e][x] = token(e, x) < n ? value_of(a, at, t0 + token(e, x), row, channel(x)) : 0.0f;
+    q3n_invert_diagonal(n, SCALE, ch.a); /* by two warps: the others go on */
+    read_state(s, queries, ch, w, o);
+    __syncthreads();
+
+    int dead = step || (int)ch.bad[0] < n;
+    if (!dead) {
+      Q3N_UNROLL
+      for (int e = 0; e < C / 8; e++)
+        Q3N_UNROLL
+        for (int x = 0; x < 4; x++) {
+          const int t = token(e, x);
+          const float start = ch.start[t], beta = ch.beta[t];
+          w[e][x] = beta * __fmaf_rn(-start, w[e][x] * UNSCALE * (float)ch.key[t], v[e][x]);
+          if (queries) o[e][x] = start * (o[e][x] * UNSCALE * (float)ch.query[t]);
+        }
+      solve(n, queries, ch, w, o);
+      Q3N_UNROLL
+      for (int e = 0; e < C / 8; e++)
+        Q3N_UNROLL
+        for (int x = 0; x < 4; x++)
+          if (live[x / 2] && token(e, x) < n && !(small(w[e][x]) && small(o[e][x]))) dead = 1;
+    }
+    if (__any_sync(ALL, dead)) {
+      one_by_one<bf16_form>(s, a, t0, n, 0, queries, ch, state_vectors);
+      find_live<KP>(live, s);
+      return;
+    }
+    if (queries) {
+      Q3N_UNROLL
+      for (int e = 0; e < C / 8; e++)
+        Q3N_UNROLL
+        for (int x = 0; x < 4; x++)
+          if (token(e, x) < n && channel(x) < row.count)
+            q3n_set_element(at.o, (t0 + token(e, x)) * a.o_t + channel(x), Q3N_BF16, o[e][x]);
+    }
+    rows_of_state<KP> written;
+    write(written, n, ch, w);
+    if (!overflows(written, live)) {
+      take(s, written, ch);
+    } else {
+      one_by_one<bf16_form>(s, a, t0, n, n, queries, ch, state_vectors);
+      find_live<KP>(live, s);
+    }
+  }
+};
+
+} /* namespace */
+
+#endif
