@@ -132,9 +132,10 @@ __device__ __forceinline__ bool unneeded(const job &j) {
   return j.last > 0 && (j.last * j.length >= j.at.T || (j.inner && j.ends));
 }
 
-/* One block: ROWS rows a warp of one head and segment. */
+/* One block: ROWS rows a warp of one head and segment. Asked for one block, ptxas finds registers for the small sizes,
+   and not asked, for the large one; else it spills. */
 template <class FORM>
-__global__ void __launch_bounds__(WARPS * 32, FORM::BLOCKS)
+__global__ void __launch_bounds__(WARPS * 32, FORM::KP < 128)
     chunked(q3n_gated_delta_args a, plan p, int64_t items, bool token_vectors, bool state_vectors) {
   constexpr int KP = FORM::KP;
   constexpr int64_t MATRICES = 4 * FORM::STAGE * sizeof(typename FORM::element);
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(WARPS * 32, FORM::BLOCKS)
   Q3N_SHARED_DYNAMIC(typename FORM::element, tokens, 0, 4 * FORM::STAGE); /* keys and queries of a chunk and the next */
   Q3N_SHARED_DYNAMIC(float, matrix_a, MATRICES, C * C);
   Q3N_SHARED_DYNAMIC(float, matrix_p, MATRICES + C * C * 4, C * C);
-  Q3N_SHARED_DYNAMIC(float, all_u, MATRICES + 2 * C * C * 4, warps * FORM::U);
+  Q3N_SHARED_DYNAMIC(float, all_u, MATRICES + 2 * C * C * 4, warps * FORM::u_floats(a));
   Q3N_SHARED(float, self, C);
   Q3N_SHARED(float, decay, C);
   Q3N_SHARED(float, beta, C);
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(WARPS * 32, FORM::BLOCKS)
                               bad, task},
                              {tokens},
                              {tokens}};
-  const q3n_shared<float> u = all_u + warp * FORM::U;
+  const q3n_shared<float> u = all_u + warp * FORM::u_floats(a);
 
   for (int64_t item = blockIdx.x; item < items; item = ((job)task[0]).item + gridDim.x) {
     __syncthreads(); /* the item before is done with */
@@ -245,8 +246,8 @@ __global__ void __launch_bounds__(WARPS * 32, FORM::BLOCKS)
 }
 
 /* Floats of dynamic shared memory in units of 4 bytes, and about the bytes of what is not dynamic. */
-template <class FORM> constexpr int64_t shared_bytes(int64_t warps) {
-  return 4 * FORM::STAGE * (int64_t)sizeof(typename FORM::element) + (2 * C * C + warps * FORM::U) * 4;
+template <class FORM> int64_t shared_bytes(const q3n_gated_delta_args *a, int64_t warps) {
+  return 4 * FORM::STAGE * (int64_t)sizeof(typename FORM::element) + (2 * C * C + warps * FORM::u_floats(*a)) * 4;
 }
 constexpr int64_t SMALL_ARRAYS = 8192;
 
@@ -267,23 +268,25 @@ template <class FORM> q3n_status launch(const q3n_gated_delta_args *a, const pla
   const int64_t pairs = a->B * a->HV, warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
   const int64_t items = pairs * blocks_of(*a, p, warps);
   return Q3N_LAUNCH(chunked<FORM>, (*a, p, items, token_vectors, state_vectors), items < INT32_MAX ? items : INT32_MAX,
-                    warps * 32, shared_bytes<FORM>(warps), stream);
+                    warps * 32, shared_bytes<FORM>(a, warps), stream);
 }
 
-template <class FORM> bool fits() { return shared_bytes<FORM>(WARPS) + SMALL_ARRAYS <= q3n_shared_limit(); }
+template <class FORM> bool fits(const q3n_gated_delta_args *a) {
+  return shared_bytes<FORM>(a, WARPS) + SMALL_ARRAYS <= q3n_shared_limit();
+}
 
 /* f(form) with the form that takes these args, or `none` where none does: channel gates, other sizes, GPUs with little
    shared memory. */
 template <class R, class F> R with_form(const q3n_gated_delta_args *a, R none, const F &f) {
   if (a->gate == Q3N_GATE_CHANNEL || a->K < 16 || a->K > 128) return none;
   if (a->dtype == Q3N_BF16) {
-    if (a->K <= 32 && fits<bf16_form<32>>()) return f(bf16_form<32>());
-    if (a->K <= 64 && fits<bf16_form<64>>()) return f(bf16_form<64>());
-    if (fits<bf16_form<128>>()) return f(bf16_form<128>());
+    if (a->K <= 32 && fits<bf16_form<32>>(a)) return f(bf16_form<32>());
+    if (a->K <= 64 && fits<bf16_form<64>>(a)) return f(bf16_form<64>());
+    if (fits<bf16_form<128>>(a)) return f(bf16_form<128>());
   }
-  if (a->K <= 32) return fits<f32_form<32>>() ? f(f32_form<32>()) : none;
-  if (a->K <= 64) return fits<f32_form<64>>() ? f(f32_form<64>()) : none;
-  return fits<f32_form<128>>() ? f(f32_form<128>()) : none;
+  if (a->K <= 32) return fits<f32_form<32>>(a) ? f(f32_form<32>()) : none;
+  if (a->K <= 64) return fits<f32_form<64>>(a) ? f(f32_form<64>()) : none;
+  return fits<f32_form<128>>(a) ? f(f32_form<128>()) : none;
 }
 
 /* What a block of so many warps takes for a chunk, with o or without, in thirds of what a warp alone does of it. */

@@ -2,7 +2,7 @@
    two bf16 numbers, hi + lo, 2^-17 off at most: two products with a key or query, three where both sides are f32.
    Columns of two sums are the columns of a left factor: u and S go from product to product without a shuffle.
 
-   A chunk in which something is not finite that was, and one whose states are asked for, goes token by token. */
+   As in the f32 form, from the first token on at which something is not finite that was, a chunk goes token by token. */
 #ifndef Q3N_GATED_DELTA_CHUNKED_BF16_CUH
 #define Q3N_GATED_DELTA_CHUNKED_BF16_CUH
 
@@ -62,6 +62,13 @@ __device__ __forceinline__ left_factor split_left(const float (&x)[4], const flo
   return f;
 }
 
+/* Number i of the first or second of those tiles, as hi + lo have it. */
+__device__ __forceinline__ float joined(const left_factor &f, int tile, int i) {
+  const uint32_t hi = f.hi[2 * tile + i / 2], lo = f.lo[2 * tile + i / 2];
+  return i % 2 ? q3n_bf16_float(hi >> 16) + q3n_bf16_float(lo >> 16)
+               : q3n_bf16_float(hi & 0xffffu) + q3n_bf16_float(lo & 0xffffu);
+}
+
 /* Rows i .. i + 8 and columns j .. j + 16 of A or P, transposed. */
 __device__ __forceinline__ right_factor split_matrix(q3n_shared<float> x, int i, int j) {
   const int lane = (int)(threadIdx.x % 32);
@@ -87,9 +94,9 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const left_factor 
 template <int WIDTH> struct bf16_form {
   static constexpr int KP = WIDTH;
   static constexpr int STAGE = C * KP / 2; /* elements of a chunk's keys */
-  static constexpr int U = 0;              /* floats that a warp works in */
+  /* Floats that a warp works in: to replay states from. */
+  static __host__ __device__ int u_floats(const q3n_gated_delta_args &a) { return a.snapshots ? C * ROWS : 0; }
   static constexpr int VECTOR = 8;         /* channels of a copy in the background */
-  static constexpr int BLOCKS = 1;
   using element = uint32_t;
   using tokens = bf16_tokens<KP>;
   using chunk = shared_chunk<tokens>;
@@ -152,15 +159,48 @@ template <int WIDTH> struct bf16_form {
     }
   }
 
-  /* w, the right-hand sides, become u, and o is complete: 16 tokens after 16. */
-  static __device__ __forceinline__ void solve(int n, bool queries, const chunk &ch, float (&w)[C / 8][4],
-                                               float (&o)[C / 8][4]) {
+  /* `good`, or the first token before it at which a row is not finite any more: of two tiles of 8 tokens. */
+  static __device__ __forceinline__ int watch(int good, const float (&x)[4], const float (&y)[4],
+                                              const bool (&live)[2]) {
     const int member = (int)(threadIdx.x % 4);
-    left_factor u[C / BLOCK];
+    int first = good;
+    Q3N_UNROLL
+    for (int i = 3; i >= 0; i--) {
+      const int t = 2 * member + i % 2;
+      if (live[i / 2] && !small(y[i]) && t + 8 < first) first = t + 8;
+      if (live[i / 2] && !small(x[i]) && t < first) first = t;
+    }
+    if (!__any_sync(ALL, first < good)) return good;
+    Q3N_UNROLL
+    for (int by = 16; by > 0; by /= 2) {
+      const int other = __shfl_xor_sync(ALL, first, by);
+      if (other < first) first = other;
+    }
+    return first;
+  }
+
+  /* u of the tokens from `good` on is 0: what is not finite there must not meet the zeros of A and P. */
+  static __device__ __forceinline__ void keep(int good, float (&x)[4], float (&y)[4]) {
+    if (good >= BLOCK) return;
+    const int member = (int)(threadIdx.x % 4);
+    Q3N_UNROLL
+    for (int i = 0; i < 4; i++) {
+      if (2 * member + i % 2 >= good) x[i] = 0.0f;
+      if (2 * member + i % 2 + 8 >= good) y[i] = 0.0f;
+    }
+  }
+
+  /* u from w, the right-hand sides, and the rest of o: 16 tokens after 16. Returns how many of n tokens are good. */
+  static __device__ __forceinline__ int solve(int n, bool queries, const chunk &ch, float (&w)[C / 8][4],
+                                              float (&o)[C / 8][4], left_factor (&u)[C / BLOCK],
+                                              const bool (&live)[2]) {
+    const int member = (int)(threadIdx.x % 4), bad = ch.bad[0];
+    int done = 0;
     Q3N_UNROLL
     for (int b = 0; b < C / BLOCK; b++) {
       const int i0 = b * BLOCK;
-      if (i0 >= n) break;
+      if (i0 >= n || done < i0) break;
+      float(&w0)[4] = w[2 * b], (&w1)[4] = w[2 * b + 1], (&o0)[4] = o[2 * b], (&o1)[4] = o[2 * b + 1];
       float au[2][4] = {}, pu[2][4] = {};
       Q3N_UNROLL
       for (int j = 0; j < b; j++)
@@ -173,30 +213,38 @@ template <int WIDTH> struct bf16_form {
       for (int h = 0; h < 2; h++)
         Q3N_UNROLL
         for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(-UNSCALE, au[h][x], w[2 * b + h][x]), au[h][x] = 0.0f;
-      u[b] = split_left(w[2 * b], w[2 * b + 1]);
+      int good = watch(bad - i0 < BLOCK ? bad - i0 : BLOCK, w0, w1, live);
+      keep(good, w0, w1);
+      u[b] = split_left(w0, w1);
       Q3N_UNROLL
       for (int h = 0; h < 2; h++) {
         add_product(au[h], u[b], split_matrix(ch.a, i0 + 8 * h, i0));
         Q3N_UNROLL
         for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(UNSCALE, au[h][x], w[2 * b + h][x]);
       }
-      u[b] = split_left(w[2 * b], w[2 * b + 1]);
-      if (!queries) continue;
-      Q3N_UNROLL
-      for (int h = 0; h < 2; h++) {
-        add_product(pu[h], u[b], split_matrix(ch.p, i0 + 8 * h, i0));
+      good = watch(good, w0, w1, live);
+      keep(good, w0, w1);
+      u[b] = split_left(w0, w1);
+      if (queries) {
         Q3N_UNROLL
-        for (int x = 0; x < 4; x++) {
-          const float self = ch.self[i0 + 8 * h + 2 * member + x % 2];
-          o[2 * b + h][x] = __fmaf_rn(UNSCALE, pu[h][x], __fmaf_rn(self, w[2 * b + h][x], o[2 * b + h][x]));
+        for (int h = 0; h < 2; h++) {
+          add_product(pu[h], u[b], split_matrix(ch.p, i0 + 8 * h, i0));
+          Q3N_UNROLL
+          for (int x = 0; x < 4; x++) {
+            const float self = ch.self[i0 + 8 * h + 2 * member + x % 2];
+            o[2 * b + h][x] = __fmaf_rn(UNSCALE, pu[h][x], __fmaf_rn(self, w[2 * b + h][x], o[2 * b + h][x]));
+          }
         }
+        good = watch(good, o0, o1, live);
       }
+      done += good;
     }
+    return done;
   }
 
   /* u times the keys decayed to the chunk's end. */
   static __device__ __forceinline__ void write(rows_of_state<KP> &written, int n, const chunk &ch,
-                                               const float (&u)[C / 8][4]) {
+                                               const left_factor (&u)[C / BLOCK]) {
     const int lane = (int)(threadIdx.x % 32), member = lane % 4;
     clear(written);
     Q3N_UNROLL
@@ -208,7 +256,7 @@ template <int WIDTH> struct bf16_form {
         Q3N_UNROLL
         for (int i = 0; i < 4; i++) {
           const int t = b * BLOCK + 8 * h + 2 * member + i % 2;
-          x[h][i] = u[2 * b + h][i] * ((float)ch.end[t] * SCALE * (float)ch.key[t]);
+          x[h][i] = joined(u[b], h, i) * ((float)ch.end[t] * SCALE * (float)ch.key[t]);
         }
       const left_factor factor = split_left(x[0], x[1]);
       Q3N_UNROLL
@@ -221,65 +269,72 @@ template <int WIDTH> struct bf16_form {
     }
   }
 
-  /* A chunk of n tokens, from when A and P are there. */
-  static __device__ __forceinline__ void run(rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
-                                             bool queries, const chunk &ch, q3n_shared<float>,
-                                             bool (&live)[2], bool state_vectors) {
-    const head at = ((job)ch.now[0]).at;
-    const rows row = find_rows(a, ch.now[0]);
-    const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
-    const bool step = queries && at.snapshots;
-    float v[C / 8][4], w[C / 8][4] = {}, o[C / 8][4] = {}; /* tokens 8 e + 2 member + x % 2, rows group + x / 2 * 8 */
-    const auto token = [&](int e, int x) { return 8 * e + 2 * member + x % 2; };
-    const auto channel = [&](int x) { return row.first + group + x / 2 * 8; };
+  /* Where sums lie: tokens 8 e + 2 member + x % 2, rows group + x / 2 * 8. */
+  static __device__ __forceinline__ int token(int e, int x) {
+    return 8 * e + 2 * (int)(threadIdx.x % 4) + x % 2;
+  }
+  static __device__ __forceinline__ int channel(const rows &row, int x) {
+    return row.first + (int)(threadIdx.x % 32) / 4 + x / 2 * 8;
+  }
+
+  static __device__ __forceinline__ void load_values(const q3n_gated_delta_args &a, int64_t t0, int n, const job &now,
+                                                     float (&v)[C / 8][4]) {
+    const rows row = find_rows(a, now);
     Q3N_UNROLL
     for (int e = 0; e < C / 8; e++)
       Q3N_UNROLL
       for (int x = 0; x < 4; x++)
-        v[e][x] = token(e, x) < n ? value_of(a, at, t0 + token(e, x), row, channel(x)) : 0.0f;
+        v[e][x] = token(e, x) < n ? value_of(a, now.at, t0 + token(e, x), row, channel(row, x)) : 0.0f;
+  }
+
+  static __device__ __forceinline__ void store_outputs(const q3n_gated_delta_args &a, int64_t t0, int n,
+                                                       const job &now, const float (&o)[C / 8][4]) {
+    const rows row = find_rows(a, now);
+    Q3N_UNROLL
+    for (int e = 0; e < C / 8; e++)
+      Q3N_UNROLL
+      for (int x = 0; x < 4; x++)
+        if (token(e, x) < n && channel(row, x) < row.count)
+          q3n_set_element(now.at.o, (t0 + token(e, x)) * a.o_t + channel(row, x), Q3N_BF16, o[e][x]);
+  }
+
+  /* A chunk of n tokens, from when A and P are there. */
+  static __device__ __forceinline__ void run(rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
+                                             bool queries, const chunk &ch, q3n_shared<float> kept,
+                                             bool (&live)[2], bool state_vectors) {
+    float v[C / 8][4], w[C / 8][4] = {}, o[C / 8][4] = {};
+    load_values(a, t0, n, ch.now[0], v);
     q3n_invert_diagonal(n, SCALE, ch.a); /* by two warps: the others go on */
     read_state(s, queries, ch, w, o);
     __syncthreads();
 
-    int dead = step || (int)ch.bad[0] < n;
-    if (!dead) {
+    Q3N_UNROLL
+    for (int e = 0; e < C / 8; e++)
+      Q3N_UNROLL
+      for (int x = 0; x < 4; x++) {
+        const int t = token(e, x);
+        const float start = ch.start[t], beta = ch.beta[t];
+        w[e][x] = beta * __fmaf_rn(-start, w[e][x] * UNSCALE * (float)ch.key[t], v[e][x]);
+        if (queries) o[e][x] = start * (o[e][x] * UNSCALE * (float)ch.query[t]);
+      }
+    left_factor u[C / BLOCK] = {};
+    const int done = solve(n, queries, ch, w, o, u, live);
+    if (queries) store_outputs(a, t0, done < n ? done : n, ch.now[0], o);
+    if (done >= n && queries && ((job)ch.now[0]).at.snapshots) {
       Q3N_UNROLL
       for (int e = 0; e < C / 8; e++)
-        Q3N_UNROLL
-        for (int x = 0; x < 4; x++) {
-          const int t = token(e, x);
-          const float start = ch.start[t], beta = ch.beta[t];
-          w[e][x] = beta * __fmaf_rn(-start, w[e][x] * UNSCALE * (float)ch.key[t], v[e][x]);
-          if (queries) o[e][x] = start * (o[e][x] * UNSCALE * (float)ch.query[t]);
-        }
-      solve(n, queries, ch, w, o);
-      Q3N_UNROLL
-      for (int e = 0; e < C / 8; e++)
-        Q3N_UNROLL
-        for (int x = 0; x < 4; x++)
-          if (live[x / 2] && token(e, x) < n && !(small(w[e][x]) && small(o[e][x]))) dead = 1;
+        q3n_store(kept + (e * 32 + (int)(threadIdx.x % 32)) * 4,
+                  make_float4(joined(u[e / 2], e % 2, 0), joined(u[e / 2], e % 2, 1), joined(u[e / 2], e % 2, 2),
+                              joined(u[e / 2], e % 2, 3)));
+      replay<bf16_form>(s, a, t0, n, ch, kept, state_vectors);
     }
-    if (__any_sync(ALL, dead)) {
-      one_by_one<bf16_form>(s, a, t0, n, 0, queries, ch, state_vectors);
-      find_live<KP>(live, s);
-      return;
+    if (done >= n) {
+      rows_of_state<KP> written;
+      write(written, n, ch, u);
+      if (!overflows(written, live)) return take(s, written, ch);
     }
-    if (queries) {
-      Q3N_UNROLL
-      for (int e = 0; e < C / 8; e++)
-        Q3N_UNROLL
-        for (int x = 0; x < 4; x++)
-          if (token(e, x) < n && channel(x) < row.count)
-            q3n_set_element(at.o, (t0 + token(e, x)) * a.o_t + channel(x), Q3N_BF16, o[e][x]);
-    }
-    rows_of_state<KP> written;
-    write(written, n, ch, w);
-    if (!overflows(written, live)) {
-      take(s, written, ch);
-    } else {
-      one_by_one<bf16_form>(s, a, t0, n, n, queries, ch, state_vectors);
-      find_live<KP>(live, s);
-    }
+    one_by_one<bf16_form>(s, a, t0, n, done, queries, ch, state_vectors);
+    find_live<KP>(live, s);
   }
 };
 

@@ -31,30 +31,6 @@ template <int KP> struct f32_tokens {
   }
 };
 
-/* The states after each token of the chunk, from the one before it and u. */
-template <int KP>
-__device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delta_args &a, int64_t t0, int n,
-                                       const shared_chunk<f32_tokens<KP>> &ch, q3n_shared<float> u,
-                                       bool state_vectors) {
-  const head at = ((job)ch.now[0]).at;
-  const rows row = find_rows(a, ch.now[0]);
-  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
-  __syncwarp(); /* u lies with the lanes that made it */
-  for (int t = 0; t < n; t++) {
-    const float4 v = q3n_load<float4>(u + (t / 8 * 32 + group * 4 + t % 8 / 2) * 4);
-    const float low = t % 2 ? v.y : v.x, high = t % 2 ? v.w : v.z, decay = ch.decay[t], key = ch.key[t];
-    Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++) {
-      const float2 k = ch.k.pair(t, i, 2 * member);
-      s.x[i][0] = __fmaf_rn(low, k.x * key, decay * s.x[i][0]);
-      s.x[i][1] = __fmaf_rn(low, k.y * key, decay * s.x[i][1]);
-      s.x[i][2] = __fmaf_rn(high, k.x * key, decay * s.x[i][2]);
-      s.x[i][3] = __fmaf_rn(high, k.y * key, decay * s.x[i][3]);
-    }
-    store_state<KP>(s, at.snapshots + (t0 + t) * a.snap_t, a.snap_v, row, a, state_vectors);
-  }
-}
-
 /* Columns of a product of u and A or P: b is a row's place in the matrix, transposed by how it is read. */
 __device__ __forceinline__ q3n_right matrix(q3n_shared<float> x, int i, int j) {
   const int lane = (int)(threadIdx.x % 32);
@@ -202,10 +178,8 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
 template <int WIDTH> struct f32_form {
   static constexpr int KP = WIDTH;
   static constexpr int STAGE = C * KP;    /* elements of a chunk's keys */
-  static constexpr int U = C * ROWS;      /* floats that a warp works in */
+  static __host__ __device__ int u_floats(const q3n_gated_delta_args &) { return C * ROWS; } /* that a warp works in */
   static constexpr int VECTOR = 4;        /* channels of a copy in the background */
-  /* Asked for one block, ptxas finds registers for the small sizes, and not asked, for the large one; else it spills. */
-  static constexpr int BLOCKS = KP < 128;
   using element = float;
   using tokens = f32_tokens<KP>;
   using chunk = shared_chunk<tokens>;
@@ -281,7 +255,7 @@ template <int WIDTH> struct f32_form {
     int done = 0;
     for (int b = 0; b * BLOCK < n && done == b * BLOCK; b++)
       done += run_block<KP>(s, a, t0, n, b, queries, ch, u, live);
-    if (done >= n && queries && ((job)ch.now[0]).at.snapshots) replay<KP>(s, a, t0, n, ch, u, state_vectors);
+    if (done >= n && queries && ((job)ch.now[0]).at.snapshots) replay<f32_form>(s, a, t0, n, ch, u, state_vectors);
     if (done < n || !advance(s, n, ch, u, live)) {
       one_by_one<f32_form>(s, a, t0, n, done, queries, ch, state_vectors);
       find_live<KP>(live, s);

@@ -328,6 +328,31 @@ __device__ __forceinline__ void one_by_one(rows_of_state<FORM::KP> &s, const q3n
   }
 }
 
+/* The states after each token of the chunk, from the one before it and u, which lies as the lanes had it: [C / 8][32][4]. */
+template <class FORM>
+__device__ __forceinline__ void replay(rows_of_state<FORM::KP> s, const q3n_gated_delta_args &a, int64_t t0, int n,
+                                       const shared_chunk<typename FORM::tokens> &ch, q3n_shared<float> u,
+                                       bool state_vectors) {
+  constexpr int KP = FORM::KP;
+  const head at = ((job)ch.now[0]).at;
+  const rows row = find_rows(a, ch.now[0]);
+  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
+  __syncwarp(); /* u lies with the lanes that made it */
+  for (int t = 0; t < n; t++) {
+    const float4 v = q3n_load<float4>(u + (t / 8 * 32 + group * 4 + t % 8 / 2) * 4);
+    const float low = t % 2 ? v.y : v.x, high = t % 2 ? v.w : v.z, decay = ch.decay[t], key = ch.key[t];
+    Q3N_UNROLL
+    for (int i = 0; i < KP / 8; i++) {
+      const float2 k = ch.k.pair(t, i, 2 * member);
+      s.x[i][0] = __fmaf_rn(low, k.x * key, decay * s.x[i][0]);
+      s.x[i][1] = __fmaf_rn(low, k.y * key, decay * s.x[i][1]);
+      s.x[i][2] = __fmaf_rn(high, k.x * key, decay * s.x[i][2]);
+      s.x[i][3] = __fmaf_rn(high, k.y * key, decay * s.x[i][3]);
+    }
+    store_state<KP>(s, at.snapshots + (t0 + t) * a.snap_t, a.snap_v, row, a, state_vectors);
+  }
+}
+
 /* Adds a left factor, exactly in three parts, times 8 rows of numbers that `right` gives in pairs, to all channels. */
 template <int KP, class RIGHT>
 __device__ __forceinline__ void add_whole(rows_of_state<KP> &sums, const float (&x)[4], const RIGHT &right) {
