@@ -30,7 +30,7 @@ enum {
 typedef struct memory {
   int64_t P;        /* D rounded up to panels */
   int64_t chunk;    /* D / LANES rounded up */
-  float *q;         /* many rows: [groups][chunk x LANES, by place][ROWS]; few: [rows][P] */
+  float *q;         /* many rows: [groups][chunk x LANES, by place][ROWS]; few: [P / LANES][tile][LANES] */
   float *o;         /* [rows][P]: sum exp(s_j - max) v_j */
   float *max, *sum; /* [rows]: the largest score so far, sum exp(s_j - max) */
   float *rescale;   /* [rows]: what the block multiplies o by */
@@ -231,8 +231,8 @@ static inline __attribute__((always_inline)) void scores_of(int rows, const floa
   }
 }
 
-/* The same for all rows, at most FEW, from n <= KEYS keys as they lie in the cache, for queries [rows][P]. */
-static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype, int rows, const float *q, int64_t P,
+/* The same for all rows, at most FEW, from n <= KEYS keys as they lie in the cache. */
+static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype, int rows, const float *q,
                                                                  const void *cache, int64_t at, int64_t stride,
                                                                  int64_t n, int64_t D, float *p, ahead *next) {
   /* A tile takes `keys` keys. Key b of tile t is b tiles + t, so that a row's scores come to lie side by side. */
@@ -241,26 +241,28 @@ static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype
   for (int64_t j0 = 0; j0 < n; j0 += tiles * keys) {
     q3n_v sums[LANES];
     for (int t = 0; t < tiles; t++) {
-      q3n_v s[LANES];
+      q3n_v s[LANES], k[LANES];
       const void *row[LANES];
       for (int b = 0; b < keys; b++) {
         const int64_t j = j0 + b * tiles + t < n ? j0 + b * tiles + t : n - 1;
         row[b] = row_at(cache, dtype, at + j * stride);
         for (int r = 0; r < rows; r++) s[b * rows + r] = q3n_v_zero();
       }
+      const float *qd = q;
       int64_t d = 0;
-      for (; d + LANES <= D; d += LANES) {
-        q3n_v k[LANES];
+      for (; d + LANES <= D; d += LANES, qd += rows * LANES) {
         ask(&x);
         for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, LANES);
         for (int r = 0; r < rows; r++) {
-          const q3n_v qr = q3n_v_load(q + r * P + d);
+          const q3n_v qr = q3n_v_keep(q3n_v_load(qd + r * LANES));
           for (int b = 0; b < keys; b++) s[b * rows + r] = q3n_v_fma(qr, k[b], s[b * rows + r]);
         }
       }
-      for (int b = 0; b < keys && d < D; b++) {
-        const q3n_v k = load_part(dtype, row[b], d, D - d);
-        for (int r = 0; r < rows; r++) s[b * rows + r] = q3n_v_fma(q3n_v_load(q + r * P + d), k, s[b * rows + r]);
+      if (d < D) {
+        for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, D - d);
+        for (int r = 0; r < rows; r++)
+          for (int b = 0; b < keys; b++)
+            s[b * rows + r] = q3n_v_fma(q3n_v_load(qd + r * LANES), k[b], s[b * rows + r]);
       }
       sums[t] = q3n_v_sums(s);
     }
@@ -368,7 +370,7 @@ static void values(int64_t rows, const float *p, const float *v, int64_t n, cons
 
 static void scores_near(const q3n_attention_args *a, const memory *m, int64_t rows, int64_t at, int64_t n,
                         ahead *next) {
-#define CALL(dtype, tile) scores_near_of(dtype, tile, m->q, m->P, a->k, at, a->k_s, n, a->D, m->p, next)
+#define CALL(dtype, tile) scores_near_of(dtype, tile, m->q, a->k, at, a->k_s, n, a->D, m->p, next)
   BY_TYPE_AND_ROWS(CALL)
 #undef CALL
 }
@@ -472,11 +474,11 @@ static void finish(const q3n_attention_args *a, const q3n_attention_tile *tile, 
   if (a->lse) a->lse[tile->row * a->lse_b + t * a->lse_t + h] = empty ? -INFINITY : max + logf(sum);
 }
 
-/* Row r's query, or zeros for a row that only fills its group. */
+/* Row r's query, or zeros for a row that only fills its group; few rows are a tile of so many, many have 0. */
 static void place_query(const memory *m, int64_t r, const float *q, int64_t D, int few) {
   if (few) {
-    float *to = m->q + r * m->P;
-    for (int64_t d = 0; d < m->P; d++) to[d] = q && d < D ? q[d] : 0.0f;
+    for (int64_t d = 0; d < m->P && r < few; d++)
+      m->q[(d / LANES * few + r) * LANES + d % LANES] = q && d < D ? q[d] : 0.0f;
     return;
   }
   for (int64_t l = 0; l < LANES; l++) {
@@ -496,7 +498,7 @@ static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t 
   for (int64_t item = begin; item < end; item++) {
     const q3n_attention_tile tile = q3n_attention_tile_at(a, item);
     const int64_t rows = tile.queries * group, slot = a->slot ? a->slot[tile.b] : tile.b;
-    const int few = rows <= FEW;
+    const int few = rows <= FEW ? tile_rows(rows, FEW) : 0;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t t = tile.packed + tile.first + r / group, h = tile.hkv * group + r % group;
       place_query(&m, r, a->q + tile.row * a->q_b + t * a->q_t + h * a->q_h, D, few);
