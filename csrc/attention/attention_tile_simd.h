@@ -477,8 +477,8 @@ static void finish(const q3n_attention_args *a, const q3n_attention_tile *tile, 
 /* Row r's query, or zeros for a row that only fills its group; few rows are a tile of so many, many have 0. */
 static void place_query(const memory *m, int64_t r, const float *q, int64_t D, int few) {
   if (few) {
-    for (int64_t d = 0; d < m->P && r < few; d++)
-      m->q[(d / LANES * few + r) * LANES + d % LANES] = q && d < D ? q[d] : 0.0f;
+    for (int64_t d = 0; d < m->P && r < few; d += LANES)
+      q3n_v_store(m->q + d * few + r * LANES, q ? q3n_v_load_some(q3n_v_first(D - d), q + d) : q3n_v_zero());
     return;
   }
   for (int64_t l = 0; l < LANES; l++) {
