@@ -23,7 +23,8 @@ enum {
   PANEL = 2 * LANES,            /* keys or channels */
   KEYS = 64,
   FEW = 8,                      /* rows that do not pay for panels */
-  WIDE = LANES / FEW            /* vectors of channels that their sums leave registers for */
+  WIDE = LANES / FEW,           /* vectors of channels that their sums leave registers for */
+  MERGED = 8                    /* vectors of channels of a merge */
 };
 
 /* Scratch of an item. Rows are padded to groups, channels to panels. */
@@ -449,29 +450,37 @@ static void add_wild(const memory *m, int64_t from, int64_t rows, int64_t j, int
   }
 }
 
-/* The sink, the division, the gate. */
+/* The sink joins a row's sum, last; returns what the row's values are multiplied by. */
+static float add_sink(float sink, float *max, float *sum) {
+  if (sink == -INFINITY) return 1.0f;
+  const float old = *max;
+  if (sink > old) *max = sink;
+  const float rescale = *max == old ? 1.0f : old == -INFINITY ? 0.0f : expf(old - *max);
+  *sum = *sum * rescale + expf(sink - *max);
+  return rescale;
+}
+
+/* The division and the gate: o from a row's values x, which may be o. Returns lse. */
+static float divide(const float *x, float rescale, float max, float sum, const float *gate, float *o, int64_t D) {
+  const int empty = sum == 0.0f;
+  for (int64_t d = 0; d < D; d += LANES) {
+    q3n_v y = q3n_v_mul(q3n_v_load_upto(x + d, D - d), q3n_v_set(rescale));
+    /* + 0: a zero's sign would tell of values that the row does not see. */
+    y = q3n_v_add(q3n_v_div(y, q3n_v_set(sum)), q3n_v_zero());
+    if (empty) y = q3n_v_zero();
+    if (gate) y = q3n_v_mul(y, q3n_v_sigmoid(q3n_v_load_upto(gate + d, D - d)));
+    q3n_v_store_upto(o + d, D - d, y);
+  }
+  return empty ? -INFINITY : max + logf(sum);
+}
+
 static void finish(const q3n_attention_args *a, const q3n_attention_tile *tile, const memory *m, int64_t r) {
   const int64_t group = a->HQ / a->HKV, t = tile->packed + tile->first + r / group, h = tile->hkv * group + r % group;
   const float *gate = a->gate ? a->gate + tile->row * a->gate_b + t * a->gate_t + h * a->gate_h : NULL;
   float *o = a->o + tile->row * a->o_b + t * a->o_t + h * a->o_h;
-  float max = m->max[r], sum = m->sum[r], rescale = 1.0f;
-  if (a->sinks && a->sinks[h] != -INFINITY) {
-    const float old = max, sink = a->sinks[h];
-    if (sink > old) max = sink;
-    rescale = max == old ? 1.0f : old == -INFINITY ? 0.0f : expf(old - max);
-    sum = sum * rescale + expf(sink - max);
-  }
-  const int empty = sum == 0.0f;
-  for (int64_t d = 0; d < a->D; d += LANES) {
-    const q3n_v_mask lanes = q3n_v_first(a->D - d);
-    q3n_v x = q3n_v_mul(q3n_v_load(m->o + r * m->P + d), q3n_v_set(rescale));
-    /* + 0: a zero's sign would tell of values that the row does not see. */
-    x = q3n_v_add(q3n_v_div(x, q3n_v_set(sum)), q3n_v_zero());
-    if (empty) x = q3n_v_zero();
-    if (gate) x = q3n_v_mul(x, q3n_v_sigmoid(q3n_v_load_some(lanes, gate + d)));
-    q3n_v_store_some(o + d, lanes, x);
-  }
-  if (a->lse) a->lse[tile->row * a->lse_b + t * a->lse_t + h] = empty ? -INFINITY : max + logf(sum);
+  const float rescale = a->sinks ? add_sink(a->sinks[h], m->max + r, m->sum + r) : 1.0f;
+  const float lse = divide(m->o + r * m->P, rescale, m->max[r], m->sum[r], gate, o, a->D);
+  if (a->lse) a->lse[tile->row * a->lse_b + t * a->lse_t + h] = lse;
 }
 
 /* Row r's query, or zeros for a row that only fills its group; few rows are a tile of so many, many have 0. */
@@ -565,6 +574,68 @@ static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t 
       }
     }
     for (int64_t r = 0; r < rows; r++) finish(a, &tile, &m, r);
+  }
+  return Q3N_OK;
+}
+
+/* o = o rescale + sum_j weight_j x_j for `width` vectors of channels, the last of which has `left` lanes or more; 0
+   for o where there is none yet. */
+static inline __attribute__((always_inline)) void add_parts(int width, int64_t left, const float *weight,
+                                                            const float *const *part, int n, int64_t d, float rescale,
+                                                            float *o) {
+  q3n_v s[MERGED];
+  for (int i = 0; i < width; i++) s[i] = q3n_v_zero();
+  for (int j = 0; j < n; j++) {
+    const q3n_v w = q3n_v_set(weight[j]);
+    for (int i = 0; i < width; i++)
+      s[i] = q3n_v_fma(w, q3n_v_load_upto(part[j] + d + LANES * i, left - LANES * i), s[i]);
+  }
+  for (int i = 0; i < width; i++) {
+    const q3n_v old = q3n_v_load_upto(o + d + LANES * i, left - LANES * i);
+    q3n_v_store_upto(o + d + LANES * i, left - LANES * i, q3n_v_fma(old, q3n_v_set(rescale), s[i]));
+  }
+}
+
+/* A part is to the merge what a key is to attention: its lse the score, its o the value, which is not read where lse is
+   -inf. Parts go in blocks of KEYS. */
+static q3n_status run_merge(const q3n_attention_merge_args *a, int64_t begin, int64_t end) {
+  const int64_t rows = a->T * a->HQ;
+  for (int64_t item = begin; item < end; item++) {
+    const int64_t t = item / a->HQ, h = item % a->HQ;
+    float *o = a->o + t * a->o_t + h * a->o_h;
+    float max = -INFINITY, sum = 0.0f;
+    memset(o, 0, (size_t)a->D * sizeof *o);
+    for (int64_t p0 = 0; p0 < a->parts; p0 += KEYS) {
+      const float *part[KEYS];
+      float weight[KEYS];
+      const float old = max;
+      int n = 0;
+      for (int64_t p = p0; p < a->parts && p < p0 + KEYS; p++) {
+        const float lse = a->part_lse[p * rows + item];
+        if (lse == -INFINITY) continue;
+        /* A NaN is left out of the maximum, but its weight is NaN. */
+        if (lse > max) max = lse;
+        part[n] = a->part_o + (p * rows + item) * a->D;
+        weight[n++] = lse;
+      }
+      if (n == 0) continue;
+      const float rescale = max == old ? 1.0f : old == -INFINITY ? 0.0f : expf(old - max);
+      q3n_v total = q3n_v_zero();
+      for (int j = 0; j < n; j += LANES) {
+        const q3n_v_mask lanes = q3n_v_first(n - j);
+        const q3n_v x = q3n_v_exp(q3n_v_sub(q3n_v_load_upto(weight + j, n - j), q3n_v_set(max)));
+        total = q3n_v_add(total, q3n_v_select(lanes, x, q3n_v_zero()));
+        q3n_v_store_upto(weight + j, n - j, x);
+      }
+      sum = sum * rescale + q3n_v_sum(total);
+      int64_t d = 0;
+      for (; d + MERGED * LANES <= a->D; d += MERGED * LANES)
+        add_parts(MERGED, MERGED * LANES, weight, part, n, d, rescale, o);
+      for (; d < a->D; d += LANES) add_parts(1, a->D - d, weight, part, n, d, rescale, o);
+    }
+    const float rescale = a->sinks ? add_sink(a->sinks[h], &max, &sum) : 1.0f;
+    const float lse = divide(o, rescale, max, sum, a->gate ? a->gate + t * a->gate_t + h * a->gate_h : NULL, o, a->D);
+    if (a->lse) a->lse[t * a->lse_t + h] = lse;
   }
   return Q3N_OK;
 }
