@@ -22,7 +22,8 @@ enum {
   ROWS = LANES / 2,
   PANEL = 2 * LANES,            /* keys or channels */
   KEYS = 64,
-  FEW = 8,                      /* rows that do not pay for panels */
+  FEW = 8,                      /* rows of a tile that is read where it lies */
+  NEAR = 64,                    /* rows up to which panels do not pay */
   WIDE = LANES / FEW,           /* vectors of channels that their sums leave registers for */
   MERGED = 8                    /* vectors of channels of a merge */
 };
@@ -42,14 +43,18 @@ typedef struct memory {
   float *row;       /* [P]: one value as it lies in the cache */
 } memory;
 
-static int64_t padded_rows(const q3n_attention_args *a) {
+static int64_t padded(int64_t rows) { return (rows + FEW - 1) / FEW * FEW; }
+
+/* Rows that there is memory for: of the largest item, or of a few small ones. */
+static int64_t most_rows(const q3n_attention_args *a) {
   const int64_t queries = a->T < Q3N_ATTENTION_QUERIES ? a->T : Q3N_ATTENTION_QUERIES;
-  return (queries * (a->HQ / a->HKV) + ROWS - 1) / ROWS * ROWS;
+  const int64_t rows = padded(queries * (a->HQ / a->HKV)), all = a->HKV < NEAR ? rows * a->HKV : NEAR;
+  return rows > NEAR || all < rows ? rows : all < NEAR ? all : NEAR;
 }
 
 /* Lays the parts out from `at` on, and returns their bytes. */
 static int64_t layout(const q3n_attention_args *a, char *at, memory *m) {
-  const int64_t rows = padded_rows(a), P = (a->D + PANEL - 1) / PANEL * PANEL;
+  const int64_t rows = most_rows(a), P = (a->D + PANEL - 1) / PANEL * PANEL;
   const int64_t size[] = {rows * P, rows * P, rows, rows, rows, rows * KEYS, 2 * rows, P * PANEL, KEYS * PANEL, P};
   int64_t offset[10], bytes = 0;
   for (int i = 0; i < 10; i++) {
@@ -483,13 +488,21 @@ static void finish(const q3n_attention_args *a, const q3n_attention_tile *tile, 
   if (a->lse) a->lse[tile->row * a->lse_b + t * a->lse_t + h] = lse;
 }
 
-/* Row r's query, or zeros for a row that only fills its group; few rows are a tile of so many, many have 0. */
-static void place_query(const memory *m, int64_t r, const float *q, int64_t D, int few) {
-  if (few) {
-    for (int64_t d = 0; d < m->P && r < few; d += LANES)
-      q3n_v_store(m->q + d * few + r * LANES, q ? q3n_v_load_some(q3n_v_first(D - d), q + d) : q3n_v_zero());
-    return;
-  }
+/* The memory of the rows from `row` on. */
+static memory rows_from(const memory *m, int64_t row) {
+  memory y = *m;
+  y.q += row * m->P;
+  y.o += row * m->P;
+  y.max += row;
+  y.sum += row;
+  y.rescale += row;
+  y.p += row * KEYS;
+  y.seen += row;
+  return y;
+}
+
+/* Row r's query, or zeros for a row that only fills its group. */
+static void place_query(const memory *m, int64_t r, const float *q, int64_t D) {
   for (int64_t l = 0; l < LANES; l++) {
     float *to = m->q + r / ROWS * ROWS * m->P + place(l) * m->chunk * ROWS + r % ROWS;
     for (int64_t c = 0; c < m->chunk; c++) {
@@ -499,81 +512,176 @@ static void place_query(const memory *m, int64_t r, const float *q, int64_t D, i
   }
 }
 
+/* The same where keys are read from the cache, for the rows of a tile. */
+static void place_near(const memory *m, int64_t r, int64_t tile, const float *q, int64_t D) {
+  for (int64_t d = 0; d < m->P; d += LANES)
+    q3n_v_store(m->q + d * tile + r * LANES, q ? q3n_v_load_some(q3n_v_first(D - d), q + d) : q3n_v_zero());
+}
+
+/* Row r's query of a tile. */
+static const float *query_of(const q3n_attention_args *a, const q3n_attention_tile *tile, int64_t r) {
+  const int64_t group = a->HQ / a->HKV, t = tile->packed + tile->first + r / group, h = tile->hkv * group + r % group;
+  return a->q + tile->row * a->q_b + t * a->q_t + h * a->q_h;
+}
+
+/* Rows that have seen nothing, and those that only fill their group of `size`: what they give is not looked at. */
+static void start(const memory *m, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; r++) {
+    m->max[r] = -INFINITY;
+    m->sum[r] = 0.0f;
+  }
+  for (int64_t r = rows; r % size; r++) pass(m, r);
+  for (int64_t i = 0; i < (rows + size - 1) / size * size * m->P; i += LANES) q3n_v_store(m->o + i, q3n_v_zero());
+}
+
+/* The sums q . k of the rows from `from` on become weights; the block has n keys from j0 on. */
+static void weigh_rows(const q3n_attention_args *a, const q3n_attention_tile *tile, const memory *m, int64_t from,
+                       int64_t rows, int64_t j0, int64_t n) {
+  for (int64_t r = from; r < rows; r++) {
+    const int64_t i = tile->first + r / (a->HQ / a->HKV);
+    const int64_t visible = q3n_attention_visible_end(a, tile, i) - j0;
+    if (visible <= 0)
+      pass(m, r);
+    else
+      weigh(m, r, visible < n ? visible : n, a->scale,
+            a->mask ? a->mask + tile->row * a->mask_b + (tile->packed + i) * a->mask_t + j0 : NULL);
+  }
+}
+
+/* To the rows from `from` on what values that are not finite add, of the keys in `wild`. */
+static void add_all_wild(const q3n_attention_args *a, const memory *m, int64_t from, int64_t rows, int64_t v_at,
+                         uint64_t wild) {
+  for (; wild; wild &= wild - 1) {
+    const int64_t j = __builtin_ctzll(wild);
+    q3n_row_to_float(a->kv_dtype, row_at(a->v, a->kv_dtype, v_at + j * a->v_s), m->row, a->D);
+    add_wild(m, from, rows, j, a->D);
+  }
+}
+
+/* An item of many rows, by panels. */
+static void run_many(const q3n_attention_args *a, const q3n_attention_tile *tile, const memory *m) {
+  const int64_t D = a->D, group = a->HQ / a->HKV, rows = tile->queries * group;
+  const int64_t slot = a->slot ? a->slot[tile->b] : tile->b;
+  for (int64_t r = 0; r < rows; r++) place_query(m, r, query_of(a, tile, r), D);
+  for (int64_t r = rows; r % ROWS; r++) place_query(m, r, NULL, D);
+  start(m, rows, ROWS);
+
+  const int64_t last = q3n_attention_visible_end(a, tile, tile->first + tile->queries - 1);
+  for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
+    const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
+    /* Visible ends grow with the row: the groups before `from` see nothing of the block. */
+    int64_t from = 0;
+    for (;; from += ROWS) {
+      const int64_t end = from + ROWS < rows ? from + ROWS : rows;
+      if (q3n_attention_visible_end(a, tile, tile->first + (end - 1) / group) > j0) break;
+    }
+    /* While the scores are made the values are fetched, and while the values are added the next block's keys. */
+    const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile->hkv * a->k_h;
+    const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile->hkv * a->v_h;
+    const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
+    const int64_t steps = q3n_ceil_div(n, PANEL) * (groups * LANES + 2 * m->chunk);
+    ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D, steps);
+    for (int64_t j = 0; j < n; j += PANEL) {
+      load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m->k, &next);
+      for (int64_t r = from; r < rows; r += ROWS)
+        scores(rows - r, m->q + r * m->P, m->k, m->chunk, m->p + r * KEYS + j, &next);
+    }
+    weigh_rows(a, tile, m, from, rows, j0, n);
+    uint64_t wild = 0;
+    next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS, D,
+                    m->P / PANEL * (groups + q3n_ceil_div(n, 8)));
+    for (int64_t d = 0; d < m->P; d += PANEL) {
+      wild |= load_values(a, v_at, n, d, m->v, &next);
+      for (int64_t r = from; r < rows; r += ROWS) {
+        ask(&next);
+        values(rows - r, m->p + r * KEYS, m->v, n, m->rescale + r, m->o + r * m->P + d, m->P);
+      }
+    }
+    add_all_wild(a, m, from, rows, v_at, wild);
+  }
+  for (int64_t r = 0; r < rows; r++) finish(a, tile, m, r);
+}
+
+/* The items of `heads` KV heads side by side that have the same few queries, from where the cache lies. Block by block:
+   so memory is read as it lies, whole rows of all heads. */
+static void run_near(const q3n_attention_args *a, const q3n_attention_tile *first, int64_t heads, const memory *all) {
+  const int64_t D = a->D, rows = first->queries * (a->HQ / a->HKV), slot = a->slot ? a->slot[first->b] : first->b;
+  q3n_attention_tile tile = *first;
+  for (int64_t h = 0; h < heads; h++) {
+    const memory m = rows_from(all, h * padded(rows));
+    tile.hkv = first->hkv + h;
+    for (int64_t from = 0; from < rows; from += FEW) {
+      const memory few = rows_from(&m, from);
+      const int size = tile_rows(rows - from, FEW);
+      for (int64_t r = 0; r < size; r++)
+        place_near(&few, r, size, from + r < rows ? query_of(a, &tile, from + r) : NULL, D);
+    }
+    start(&m, rows, FEW);
+  }
+
+  const int64_t last = q3n_attention_visible_end(a, first, first->first + first->queries - 1);
+  const int64_t k_first = slot * a->k_slot + first->hkv * a->k_h, v_first = slot * a->v_slot + first->hkv * a->v_h;
+  const int64_t begin = a->kv_begin, n_first = last - begin < KEYS ? last - begin : KEYS;
+  ahead next = ahead_of(a->k, a->kv_dtype, k_first + begin * a->k_s, a->k_s, n_first, heads * D, 1);
+  ask(&next);
+  for (int64_t j0 = begin; j0 < last; j0 += KEYS) {
+    const int64_t n = last - j0 < KEYS ? last - j0 : KEYS, k_at = k_first + j0 * a->k_s, v_at = v_first + j0 * a->v_s;
+    int64_t steps = 0;
+    for (int64_t from = 0; from < rows; from += FEW) steps += heads * steps_near(rows - from, n, D);
+    next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, heads * D, steps);
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t from = 0; from < rows; from += FEW) {
+        const memory m = rows_from(all, h * padded(rows) + from);
+        scores_near(a, &m, rows - from, k_at + h * a->k_h, n, &next);
+      }
+    /* Behind kv_end too: the next part of a split call begins there. */
+    const int64_t left = first->kv_len - j0 - n;
+    next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS,
+                    heads * D, heads * q3n_ceil_div(rows, FEW) * q3n_ceil_div(D, WIDE * LANES) * n);
+    for (int64_t h = 0; h < heads; h++) {
+      tile.hkv = first->hkv + h;
+      const memory m = rows_from(all, h * padded(rows));
+      weigh_rows(a, &tile, &m, 0, rows, j0, n);
+      for (int64_t from = 0; from < rows; from += FEW) {
+        const memory few = rows_from(&m, from);
+        const int64_t here = rows - from < FEW ? rows - from : FEW, at = v_at + h * a->v_h;
+        uint64_t wild = 0;
+        for (int64_t d = 0; d < D; d += WIDE * LANES) {
+          if (d + WIDE * LANES <= D && values_near(a, &few, here, at, n, d, &next)) continue;
+          wild |= load_values(a, at, n, d, m.v, &next);
+          values_apart(&few, here, n, d);
+        }
+        add_all_wild(a, &few, 0, here, at, wild);
+      }
+    }
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    tile.hkv = first->hkv + h;
+    const memory m = rows_from(all, h * padded(rows));
+    for (int64_t r = 0; r < rows; r++) finish(a, &tile, &m, r);
+  }
+}
+
+/* How many items from `item` on run side by side: KV heads that lie side by side, as far as there is memory. */
+static int64_t side_by_side(const q3n_attention_args *a, const q3n_attention_tile *tile, int64_t items) {
+  if (a->k_h != a->D || a->v_h != a->D) return 1;
+  const int64_t heads = a->HKV - tile->hkv < items ? a->HKV - tile->hkv : items;
+  const int64_t most = most_rows(a) / padded(tile->queries * (a->HQ / a->HKV));
+  return heads < most ? heads : most;
+}
+
 static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t end, void *scratch) {
-  const int64_t D = a->D, group = a->HQ / a->HKV;
   memory m;
   layout(a, scratch, &m);
-
-  for (int64_t item = begin; item < end; item++) {
+  for (int64_t item = begin; item < end;) {
     const q3n_attention_tile tile = q3n_attention_tile_at(a, item);
-    const int64_t rows = tile.queries * group, slot = a->slot ? a->slot[tile.b] : tile.b;
-    const int few = rows <= FEW ? tile_rows(rows, FEW) : 0;
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t t = tile.packed + tile.first + r / group, h = tile.hkv * group + r % group;
-      place_query(&m, r, a->q + tile.row * a->q_b + t * a->q_t + h * a->q_h, D, few);
-      m.max[r] = -INFINITY;
-      m.sum[r] = 0.0f;
-    }
-    /* The last group is computed whole or to a power of two; what its missing rows give is not looked at. */
-    for (int64_t r = rows; r % ROWS; r++) {
-      place_query(&m, r, NULL, D, few);
-      pass(&m, r);
-    }
-    for (int64_t i = 0; i < (rows + ROWS - 1) / ROWS * ROWS * m.P; i += LANES) q3n_v_store(m.o + i, q3n_v_zero());
-
-    const int64_t last = q3n_attention_visible_end(a, &tile, tile.first + tile.queries - 1);
-    for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
-      const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
-      /* Visible ends grow with the row: the groups before `from` see nothing of the block. Few rows are one group. */
-      int64_t from = 0;
-      for (; !few; from += ROWS) {
-        const int64_t end = from + ROWS < rows ? from + ROWS : rows;
-        if (q3n_attention_visible_end(a, &tile, tile.first + (end - 1) / group) > j0) break;
-      }
-      /* While the scores are made the values are fetched, and while the values are added the next block's keys. */
-      const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile.hkv * a->k_h;
-      const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
-      const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
-      const int64_t tiles = groups * LANES + 2 * m.chunk;
-      ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D,
-                            few ? steps_near(rows, n, D) : q3n_ceil_div(n, PANEL) * tiles);
-      if (few) scores_near(a, &m, rows, k_at, n, &next);
-      for (int64_t j = 0; j < n && !few; j += PANEL) {
-        load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m.k, &next);
-        for (int64_t r = from; r < rows; r += ROWS)
-          scores(rows - r, m.q + r * m.P, m.k, m.chunk, m.p + r * KEYS + j, &next);
-      }
-      for (int64_t r = from; r < rows; r++) {
-        const int64_t i = tile.first + r / group, t = tile.packed + i;
-        const int64_t visible = q3n_attention_visible_end(a, &tile, i) - j0;
-        if (visible <= 0)
-          pass(&m, r);
-        else
-          weigh(&m, r, visible < n ? visible : n, a->scale,
-                a->mask ? a->mask + tile.row * a->mask_b + t * a->mask_t + j0 : NULL);
-      }
-      uint64_t wild = 0;
-      next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS, D,
-                      few ? q3n_ceil_div(D, WIDE * LANES) * n : m.P / PANEL * (groups + q3n_ceil_div(n, 8)));
-      for (int64_t d = 0; d < D && few; d += WIDE * LANES) {
-        if (d + WIDE * LANES <= D && values_near(a, &m, rows, v_at, n, d, &next)) continue;
-        wild |= load_values(a, v_at, n, d, m.v, &next);
-        values_apart(&m, rows, n, d);
-      }
-      for (int64_t d = 0; d < m.P && !few; d += PANEL) {
-        wild |= load_values(a, v_at, n, d, m.v, &next);
-        for (int64_t r = from; r < rows; r += ROWS) {
-          ask(&next);
-          values(rows - r, m.p + r * KEYS, m.v, n, m.rescale + r, m.o + r * m.P + d, m.P);
-        }
-      }
-      for (uint64_t some = wild; some; some &= some - 1) {
-        const int64_t j = __builtin_ctzll(some);
-        q3n_row_to_float(a->kv_dtype, row_at(a->v, a->kv_dtype, v_at + j * a->v_s), m.row, D);
-        add_wild(&m, from, rows, j, D);
-      }
-    }
-    for (int64_t r = 0; r < rows; r++) finish(a, &tile, &m, r);
+    const int near = tile.queries * (a->HQ / a->HKV) <= NEAR;
+    const int64_t items = near ? side_by_side(a, &tile, end - item) : 1;
+    if (near)
+      run_near(a, &tile, items, &m);
+    else
+      run_many(a, &tile, &m);
+    item += items;
   }
   return Q3N_OK;
 }
