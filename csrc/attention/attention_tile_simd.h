@@ -23,7 +23,8 @@ enum {
   PANEL = 2 * LANES,            /* keys or channels */
   KEYS = 64,
   FEW = 8,                      /* rows of a tile that is read where it lies */
-  NEAR = 64,                    /* rows up to which panels do not pay */
+  NEAR = LANES == 16 ? 64 : 16, /* rows up to which panels do not pay, of q8_0 half as many: its conversion costs most */
+  MEMORY = 64,                  /* rows of several items together that there is memory for */
   WIDE = LANES / FEW,           /* vectors of channels that their sums leave registers for */
   MERGED = 8                    /* vectors of channels of a merge */
 };
@@ -48,8 +49,8 @@ static int64_t padded(int64_t rows) { return (rows + FEW - 1) / FEW * FEW; }
 /* Rows that there is memory for: of the largest item, or of a few small ones. */
 static int64_t most_rows(const q3n_attention_args *a) {
   const int64_t queries = a->T < Q3N_ATTENTION_QUERIES ? a->T : Q3N_ATTENTION_QUERIES;
-  const int64_t rows = padded(queries * (a->HQ / a->HKV)), all = a->HKV < NEAR ? rows * a->HKV : NEAR;
-  return rows > NEAR || all < rows ? rows : all < NEAR ? all : NEAR;
+  const int64_t rows = padded(queries * (a->HQ / a->HKV)), all = a->HKV < MEMORY ? rows * a->HKV : MEMORY;
+  return rows > MEMORY ? rows : all < MEMORY ? all : MEMORY;
 }
 
 /* Lays the parts out from `at` on, and returns their bytes. */
@@ -260,7 +261,7 @@ static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype
         ask(&x);
         for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, LANES);
         for (int r = 0; r < rows; r++) {
-          const q3n_v qr = q3n_v_keep(q3n_v_load(qd + r * LANES));
+          const q3n_v qr = keys > 1 ? q3n_v_keep(q3n_v_load(qd + r * LANES)) : q3n_v_load(qd + r * LANES);
           for (int b = 0; b < keys; b++) s[b * rows + r] = q3n_v_fma(qr, k[b], s[b * rows + r]);
         }
       }
@@ -621,11 +622,10 @@ static void run_near(const q3n_attention_args *a, const q3n_attention_tile *firs
 
   const int64_t last = q3n_attention_visible_end(a, first, first->first + first->queries - 1);
   const int64_t k_first = slot * a->k_slot + first->hkv * a->k_h, v_first = slot * a->v_slot + first->hkv * a->v_h;
-  const int64_t begin = a->kv_begin, n_first = last - begin < KEYS ? last - begin : KEYS;
-  ahead next = ahead_of(a->k, a->kv_dtype, k_first + begin * a->k_s, a->k_s, n_first, heads * D, 1);
-  ask(&next);
-  for (int64_t j0 = begin; j0 < last; j0 += KEYS) {
+  for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
     const int64_t n = last - j0 < KEYS ? last - j0 : KEYS, k_at = k_first + j0 * a->k_s, v_at = v_first + j0 * a->v_s;
+    ahead next = ahead_of(a->k, a->kv_dtype, k_at, a->k_s, n, heads * D, 1);
+    if (j0 == a->kv_begin) ask(&next);
     int64_t steps = 0;
     for (int64_t from = 0; from < rows; from += FEW) steps += heads * steps_near(rows - from, n, D);
     next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, heads * D, steps);
@@ -675,7 +675,7 @@ static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t 
   layout(a, scratch, &m);
   for (int64_t item = begin; item < end;) {
     const q3n_attention_tile tile = q3n_attention_tile_at(a, item);
-    const int near = tile.queries * (a->HQ / a->HKV) <= NEAR;
+    const int near = tile.queries * (a->HQ / a->HKV) <= (a->kv_dtype == Q3N_Q8_0 ? NEAR / 2 : NEAR);
     const int64_t items = near ? side_by_side(a, &tile, end - item) : 1;
     if (near)
       run_near(a, &tile, items, &m);
