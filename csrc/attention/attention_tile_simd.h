@@ -624,11 +624,9 @@ static void run_near(const q3n_attention_args *a, const q3n_attention_tile *firs
   const int64_t k_first = slot * a->k_slot + first->hkv * a->k_h, v_first = slot * a->v_slot + first->hkv * a->v_h;
   for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
     const int64_t n = last - j0 < KEYS ? last - j0 : KEYS, k_at = k_first + j0 * a->k_s, v_at = v_first + j0 * a->v_s;
-    ahead next = ahead_of(a->k, a->kv_dtype, k_at, a->k_s, n, heads * D, 1);
-    if (j0 == a->kv_begin) ask(&next);
     int64_t steps = 0;
     for (int64_t from = 0; from < rows; from += FEW) steps += heads * steps_near(rows - from, n, D);
-    next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, heads * D, steps);
+    ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, heads * D, steps);
     for (int64_t h = 0; h < heads; h++)
       for (int64_t from = 0; from < rows; from += FEW) {
         const memory m = rows_from(all, h * padded(rows) + from);
