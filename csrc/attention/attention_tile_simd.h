@@ -261,7 +261,8 @@ static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype
         ask(&x);
         for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, LANES);
         for (int r = 0; r < rows; r++) {
-          const q3n_v qr = keys > 1 ? q3n_v_keep(q3n_v_load(qd + r * LANES)) : q3n_v_load(qd + r * LANES);
+          q3n_v qr = q3n_v_load(qd + r * LANES);
+          if (Q3N_REGISTERS == 32) qr = q3n_v_keep(qr);
           for (int b = 0; b < keys; b++) s[b * rows + r] = q3n_v_fma(qr, k[b], s[b * rows + r]);
         }
       }
