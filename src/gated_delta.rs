@@ -1,6 +1,6 @@
 //! The gated delta rule (`csrc/gated_delta/gated_delta.h`).
 
-use crate::memory::{Addresses, Cpu, Memory};
+use crate::memory::{Addresses, Cpu, Float, Memory};
 use crate::operator::{operator, sequences, Exec};
 use crate::{ffi, Error, View, ViewMut};
 
@@ -26,6 +26,14 @@ operator!(
         q3n_gated_delta_chunked_cuda_host_items,
         q3n_gated_delta_chunked_cuda_host,
         q3n_gated_delta_chunked_cuda_host_scratch_bytes
+    ],
+    [
+        "segmented64_cuda",
+        q3n_gated_delta_segmented_cuda,
+        q3n_gated_delta_segmented_cuda_scratch_bytes,
+        q3n_gated_delta_segmented_cuda_host_items,
+        q3n_gated_delta_segmented_cuda_host,
+        q3n_gated_delta_segmented_cuda_host_scratch_bytes
     ],
     [
         "recurrent_cuda",
@@ -136,19 +144,22 @@ pub enum State<'a, M: Memory = Cpu> {
 }
 
 /// Arguments of [`run`]. With `cu_seqlens`, B is 1 in the shapes of o, q, k, v, beta, g and snapshots.
-pub struct Args<'a, M: Memory = Cpu> {
+///
+/// q, k, v and o are of one type: f32, or for CUDA kernels `half::bf16` or `half::f16`. All else is f32, and so is the
+/// arithmetic: of the outputs, o alone is rounded.
+pub struct Args<'a, M: Memory = Cpu, E: Float = f32> {
     /// Output, `[B][T][HV][V]`.
-    pub o: ViewMut<'a, 4, f32, M>,
+    pub o: ViewMut<'a, 4, E, M>,
     /// Output: the state after every token, `[B][T][HV][V][K]`.
     pub snapshots: Option<ViewMut<'a, 5, f32, M>>,
     /// States before and after.
     pub state: State<'a, M>,
     /// Queries, `[B][T][HK][K]`.
-    pub q: View<'a, 4, f32, M>,
+    pub q: View<'a, 4, E, M>,
     /// Keys, `[B][T][HK][K]`.
-    pub k: View<'a, 4, f32, M>,
+    pub k: View<'a, 4, E, M>,
     /// Values, `[B][T][HV][V]`.
-    pub v: View<'a, 4, f32, M>,
+    pub v: View<'a, 4, E, M>,
     /// Decay.
     pub gate: Gate<'a, M>,
     /// Write strength after the sigmoid, `[B][T][HV]`.
@@ -165,19 +176,30 @@ pub struct Args<'a, M: Memory = Cpu> {
 
 /// Runs every sequence and head. Errors: shapes that do not fit together, HV no multiple of HK, K or V over 1024, slots
 /// outside the pool or written twice, `cu_seqlens` that do not run from 0 to T, overlapping output strides, a negative
-/// or NaN epsilon.
-pub fn run(mut args: Args, exec: &Exec<Op>) -> Result<(), Error> {
+/// or NaN epsilon; bf16 or f16 where the variant is of the CPU.
+pub fn run<E: Float>(mut args: Args<Cpu, E>, exec: &Exec<Op>) -> Result<(), Error> {
     let [rows, t, hv, v] = args.o.shape();
     let cost = [rows, t, hv, v, args.k.shape()[3], 8].into_iter().fold(1usize, usize::saturating_mul);
     let (raw, at) = raw(&mut args)?;
     // SAFETY: every view lies inside its slice and has the shape that `raw` compared; the slot arrays have B entries
     // and cu_seqlens B + 1, whose values the C check holds against the pool and T.
-    unsafe { exec.execute(&raw, &at, cost) }
+    unsafe { exec.execute(&raw, &at, cost) }.map_err(expected_f32)
+}
+
+/// Tells of a refused type what would have been taken.
+fn expected_f32(error: Error) -> Error {
+    match error {
+        Error::Status { operator, code, .. } if error.kind() == Some(ffi::Q3N_DTYPE) => {
+            let text = "dtype: q, k, v and o are bf16 or f16: expected f32, or a CUDA kernel";
+            Error::Status { operator, code, text }
+        }
+        other => other,
+    }
 }
 
 /// As [`run`], on a device: queues it.
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
-pub fn queue(mut args: Args<crate::device::Cuda>, stream: &crate::device::Stream) -> Result<(), Error> {
+pub fn queue<E: Float>(mut args: Args<crate::device::Cuda, E>, stream: &crate::device::Stream) -> Result<(), Error> {
     use crate::device::Indices;
     let (slot_in, slot_out) = match &args.state {
         State::Zero { slot_out, .. } => (None, *slot_out),
@@ -249,7 +271,7 @@ impl Pool {
 }
 
 /// The C args, shapes compared, and where they lie.
-fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_gated_delta_args, Addresses<M>), Error> {
+fn raw<M: Memory, E: Float>(args: &mut Args<M, E>) -> Result<(ffi::q3n_gated_delta_args, Addresses<M>), Error> {
     let [rows, t, hv, v] = args.o.shape();
     let [_, _, hk, k] = args.k.shape();
     args.q.expect("q", [rows, t, hk, k])?;
@@ -279,18 +301,19 @@ fn raw<M: Memory>(args: &mut Args<M>) -> Result<(ffi::q3n_gated_delta_args, Addr
     let pool = Pool::new(&mut args.state, &mut at, b, [hv, v, k])?;
     let raw = ffi::q3n_gated_delta_args {
         struct_bytes: size_of::<ffi::q3n_gated_delta_args>() as u64,
-        o: at.write(&mut args.o),
+        o: at.write(&mut args.o).cast(),
         state_out: pool.output.unwrap_or(std::ptr::null_mut()),
         snapshots: at.write_some(&mut args.snapshots),
-        q: at.read(&args.q),
-        k: at.read(&args.k),
-        v: at.read(&args.v),
+        q: at.read(&args.q).cast(),
+        k: at.read(&args.k).cast(),
+        v: at.read(&args.v).cast(),
         g,
         beta: at.read(&args.beta),
         state_in: pool.input.unwrap_or(std::ptr::null()),
         slot_in: pool.slot_in.unwrap_or(std::ptr::null()),
         slot_out: pool.slot_out.unwrap_or(std::ptr::null()),
         cu_seqlens: at.indices("cu_seqlens", &args.cu_seqlens, b + 1)?,
+        dtype: E::DTYPE.ggml(),
         gate,
         head_map: match args.head_map {
             HeadMap::Grouped => ffi::Q3N_HEADS_GROUPED,

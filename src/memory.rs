@@ -2,7 +2,7 @@
 //! take either, and the same checks hold for both: `run` computes at once on the CPU, `queue` on a device.
 
 use crate::view::{View, ViewMut};
-use crate::{Error, Weight};
+use crate::{DType, Error, Weight};
 use std::fmt::Debug;
 
 pub(crate) mod sealed {
@@ -36,6 +36,22 @@ macro_rules! elements {
     ($($t:ty),*) => { $(impl sealed::Sealed for $t {} impl Element for $t {})* };
 }
 elements!(f32, i32, i64, u8, u16, u32, half::f16, half::bf16, crate::attention::Q8_0);
+
+/// Floats that an operator may be generic over: f32, `half::bf16` and `half::f16`.
+pub trait Float: Element {
+    /// The type, as a value.
+    const DTYPE: DType;
+}
+
+impl Float for f32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Float for half::bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+impl Float for half::f16 {
+    const DTYPE: DType = DType::F16;
+}
 
 /// The CPU's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

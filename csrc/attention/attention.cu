@@ -10,6 +10,7 @@
    they are folded into the row's total, in the order of the segments: by the block itself (the total lies in o
    meanwhile) or, split, by a second kernel from scratch. Both do the same arithmetic, and a row's does not depend on
    those beside it: a query gives the same bits in every batch and split. README.md has the precision and the floors. */
+#include "../cuda/half.cuh"
 #include "../cuda/mma.cuh"
 #include "../cuda/reduce.cuh"
 
@@ -17,12 +18,6 @@ extern "C" {
 #include "../base/check.h"
 #include "attention.h"
 }
-
-#if defined(__CUDACC__)
-#define Q3N_ROLL _Pragma("unroll 1")
-#else
-#define Q3N_ROLL
-#endif
 
 namespace {
 
@@ -32,16 +27,6 @@ constexpr unsigned ALL = 0xffffffffu;
 __device__ __forceinline__ uint32_t bits(float x) { return (uint32_t)__float_as_int(x); }
 __device__ __forceinline__ float value(uint32_t u) { return __int_as_float((int)u); }
 __device__ __forceinline__ bool finite(float x) { return (bits(x) & 0x7f800000u) != 0x7f800000u; }
-
-#if defined(__CUDACC__)
-__device__ __forceinline__ float f16_value(uint32_t u) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)u));
-  return x;
-}
-#else
-inline float f16_value(uint32_t u) { return q3n_f16_to_f32((uint16_t)u); }
-#endif
 
 /* How products are made of a cache of type KV. 16-bit floats are B as they lie, and A is two (f16) or three (bf16)
    terms of theirs; otherwise both sides are tf32, A two terms, split where it is read, B the terms of a value. */
@@ -95,7 +80,7 @@ __device__ __forceinline__ octet<KV> read(const void *cache, int64_t at, int64_t
     }
   } else if constexpr (KV == Q3N_Q8_0) {
     const uint8_t *block = static_cast<const uint8_t *>(cache) + (at + c) / 32 * 34, *q = block + 2 + c % 32;
-    v.d = f16_value(read_u16(block, VECTOR));
+    v.d = q3n_half_float(read_u16(block, VECTOR));
     v.q[0] = read_u16(q, VECTOR) | read_u16(q + 2, VECTOR) << 16;
     v.q[1] = read_u16(q + 4, VECTOR) | read_u16(q + 6, VECTOR) << 16;
   } else {
@@ -119,7 +104,7 @@ template <q3n_dtype KV> __device__ __forceinline__ float element(const octet<KV>
     return v.d * (float)(int8_t)(v.q[i / 4] >> 8 * (i % 4) & 255u);
   } else {
     const uint32_t u = v.w[i / 2] >> 16 * (i % 2) & 0xffffu;
-    return KV == Q3N_F16 ? f16_value(u) : value(u << 16);
+    return KV == Q3N_F16 ? q3n_half_float(u) : value(u << 16);
   }
 }
 
@@ -168,8 +153,8 @@ __device__ __forceinline__ void split_pair(uint32_t (&term)[A_TERMS<KV>], float 
   Q3N_UNROLL
   for (int i = 0; i < A_TERMS<KV>; i++) {
     const uint32_t u = KV == Q3N_F16 ? q3n_pack_f16(low, high) : q3n_pack_bf16(low, high);
-    low -= KV == Q3N_F16 ? f16_value(u & 0xffffu) : value(u << 16);
-    high -= KV == Q3N_F16 ? f16_value(u >> 16) : value(u & 0xffff0000u);
+    low -= KV == Q3N_F16 ? q3n_half_float(u & 0xffffu) : value(u << 16);
+    high -= KV == Q3N_F16 ? q3n_half_float(u >> 16) : value(u & 0xffff0000u);
     term[i] = u;
   }
 }
@@ -208,12 +193,12 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&x)[4]
 template <q3n_dtype KV> __device__ __forceinline__ float element_at(const void *cache, int64_t at) {
   if constexpr (KV == Q3N_Q8_0) {
     const uint8_t *block = static_cast<const uint8_t *>(cache) + at / 32 * 34;
-    return f16_value(read_u16(block, false)) * (float)(int8_t)block[2 + at % 32];
+    return q3n_half_float(read_u16(block, false)) * (float)(int8_t)block[2 + at % 32];
   } else if constexpr (KV == Q3N_F32) {
     return static_cast<const float *>(cache)[at];
   } else {
     const uint32_t u = static_cast<const uint16_t *>(cache)[at];
-    return KV == Q3N_F16 ? f16_value(u) : value(u << 16);
+    return KV == Q3N_F16 ? q3n_half_float(u) : value(u << 16);
   }
 }
 

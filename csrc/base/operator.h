@@ -14,7 +14,7 @@
 #include "status.h"
 
 /* Bumped when an args struct or a function changes incompatibly. */
-#define Q3N_ABI_VERSION 2
+#define Q3N_ABI_VERSION 3
 int32_t q3n_abi_version(void);
 
 /* Scratch handed to a run must be aligned to this many bytes. */

@@ -58,6 +58,7 @@ q3n_status q3n_gated_delta_check(const q3n_gated_delta_args *a) {
   Q3N_REFUSE(a->V < 0 || a->V > 1024, SIZE, V);
   int64_t items;
   Q3N_REFUSE(__builtin_mul_overflow(a->B, a->HV, &items) || items > INT64_MAX / 1024, SIZE, B);
+  Q3N_REFUSE(a->dtype != Q3N_F32 && a->dtype != Q3N_BF16 && a->dtype != Q3N_F16, DTYPE, DTYPE);
   Q3N_REFUSE((uint32_t)a->gate > Q3N_GATE_CHANNEL, VALUE, GATE);
   Q3N_REFUSE((uint32_t)a->head_map > Q3N_HEADS_TILED, VALUE, HEAD_MAP);
   Q3N_REFUSE(a->qk_l2norm && !(a->qk_l2norm_eps >= 0.0f), VALUE, EPS);
@@ -100,11 +101,12 @@ q3n_status q3n_gated_delta_check(const q3n_gated_delta_args *a) {
   q3n_status status = check_sequences(a);
   if (status != Q3N_OK) return status;
 
+  const int64_t size = q3n_dtype_bytes(a->dtype, 1);
   const int64_t nslot = a->B * (int64_t)sizeof(int64_t);
-  const span inputs[] = {{a->q, nq * 4},        {a->k, nk * 4},     {a->v, nv * 4},
+  const span inputs[] = {{a->q, nq * size},     {a->k, nk * size},  {a->v, nv * size},
                          {a->g, ng * 4},        {a->beta, nbeta * 4}, {a->slot_in, nslot},
                          {a->slot_out, nslot},  {a->cu_seqlens, nslot + (int64_t)sizeof(int64_t)}};
-  const span out = {a->o, no * 4}, pool_in = {a->state_in, npool * 4}, pool_out = {a->state_out, npool * 4};
+  const span out = {a->o, no * size}, pool_in = {a->state_in, npool * 4}, pool_out = {a->state_out, npool * 4};
   const span states = {a->snapshots, nsnap * 4};
   const int in_place = a->state_in == a->state_out && same_slots(a);
   Q3N_REFUSE(meets_any(out, inputs, 8) || meets_any(out, &pool_in, 1), ALIAS, O);

@@ -48,6 +48,23 @@ template <int LANES, int N> __device__ __forceinline__ float dot(const float (&x
   return q3n_warp_sum((part[0] + part[1]) + (part[2] + part[3]), LANES);
 }
 
+/* The same of q or k, `first` elements into an array of dtype. */
+template <int LANES, int N, bool WHOLE>
+__device__ __forceinline__ void load_token(float (&x)[4 * N], const void *array, int64_t first, q3n_dtype dtype,
+                                           int lane, int64_t K) {
+  Q3N_UNROLL
+  for (int n = 0; n < N; n++) {
+    const int64_t c = 4 * (lane + n * LANES);
+    if (WHOLE) {
+      const float4 v = q3n_four(array, first + c, dtype);
+      x[4 * n] = v.x, x[4 * n + 1] = v.y, x[4 * n + 2] = v.z, x[4 * n + 3] = v.w;
+    } else {
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) x[4 * n + i] = c + i < K ? q3n_element(array, first + c + i, dtype) : 0.0f;
+    }
+  }
+}
+
 /* What a lane reads of a token; g[0] is the scalar gate's. */
 template <int N, bool CHANNEL> struct token {
   float k[4 * N], q[4 * N], g[CHANNEL ? 4 * N : 1], v, beta;
@@ -56,13 +73,13 @@ template <int N, bool CHANNEL> struct token {
 template <int LANES, int N, bool CHANNEL, bool WHOLE>
 __device__ __forceinline__ void read(token<N, CHANNEL> &x, const q3n_gated_delta_args &a, const head &at, int64_t t,
                                      int64_t row, int lane) {
-  load<LANES, N, WHOLE>(x.k, at.k + t * a.k_t, lane, a.K);
-  load<LANES, N, WHOLE>(x.q, at.q + t * a.q_t, lane, a.K);
+  load_token<LANES, N, WHOLE>(x.k, at.k, t * a.k_t, a.dtype, lane, a.K);
+  load_token<LANES, N, WHOLE>(x.q, at.q, t * a.q_t, a.dtype, lane, a.K);
   if constexpr (CHANNEL)
     load<LANES, N, WHOLE>(x.g, at.g + t * a.g_t, lane, a.K);
   else
     x.g[0] = at.g ? at.g[t * a.g_t] : 0.0f;
-  x.v = row < a.V ? at.v[t * a.v_t + row] : 0.0f;
+  x.v = row < a.V ? q3n_element(at.v, t * a.v_t + row, a.dtype) : 0.0f;
   x.beta = at.beta[t * a.beta_t];
 }
 
@@ -113,7 +130,7 @@ __global__ void __launch_bounds__(THREADS) recurrent(q3n_gated_delta_args a, int
       for (int c = 0; c < 4 * N; c++)
         if (WHOLE || 4 * (lane + c / 4 * LANES) + c % 4 < a.K) s[c] = __fmaf_rn(u, now.k[c], s[c]);
       const float o = dot<LANES, N>(s, now.q);
-      if (mine && lane == 0) at.o[t * a.o_t + row] = o;
+      if (mine && lane == 0) q3n_set_element(at.o, t * a.o_t + row, a.dtype, o);
       if (mine && at.snapshots)
         store<LANES, N, WHOLE>(at.snapshots + t * a.snap_t + row * a.snap_v, s, lane, a.K);
     }
@@ -141,8 +158,7 @@ Q3N_CUDA_SCRATCH(gated_delta, gated_delta_recurrent) {
 
 Q3N_CUDA_OPERATOR(gated_delta, gated_delta_recurrent) {
   (void)scratch;
-  const bool vectors = aligned(a->q, a->q_b, a->q_t, a->q_h, 0) &&
-                      aligned(a->k, a->k_b, a->k_t, a->k_h, 0) &&
+  const bool vectors = tokens_aligned(a, 4) &&
                       (a->gate != Q3N_GATE_CHANNEL || aligned(a->g, a->g_b, a->g_t, a->g_h, 0)) &&
                       aligned(a->state_in, a->state_slot, a->state_h, a->state_v, 0) &&
                       aligned(a->state_out, a->state_slot, a->state_h, a->state_v, 0) &&

@@ -12,6 +12,7 @@
 #ifndef Q3N_GATED_DELTA_H
 #define Q3N_GATED_DELTA_H
 
+#include "../base/dtype.h"
 #include "../base/operator.h"
 #include "../cuda/cuda.h"
 
@@ -30,15 +31,15 @@ typedef struct q3n_gated_delta_args {
   uint64_t struct_bytes; /* sizeof(q3n_gated_delta_args) */
 
   /* Outputs. Must not overlap each other or an input, but for state_out as said there. */
-  float *o;            /* [B][T][HV][V] */
+  void *o;             /* [B][T][HV][V] of dtype */
   float *state_out;    /* [slots][HV][V][K], a pool; NULL: not wanted. May be state_in itself where slot_out[b] is
                           slot_in[b] for every b (update in place) */
   float *snapshots;    /* [B][T][HV][V][K], the state after every token; NULL: not wanted */
 
   /* Inputs */
-  const float *q;        /* [B][T][HK][K] */
-  const float *k;        /* [B][T][HK][K] */
-  const float *v;        /* [B][T][HV][V] */
+  const void *q;         /* [B][T][HK][K] of dtype */
+  const void *k;         /* [B][T][HK][K] of dtype */
+  const void *v;         /* [B][T][HV][V] of dtype */
   const float *g;        /* log-decay, see q3n_gate */
   const float *beta;     /* [B][T][HV], after the sigmoid */
   const float *state_in; /* [slots][HV][V][K], a pool with the strides of state_out; NULL: zeros */
@@ -49,6 +50,8 @@ typedef struct q3n_gated_delta_args {
                                 of one row of T = cu_seqlens[B] tokens (the *_b strides are not used). NULL: each
                                 of the B sequences has T tokens */
 
+  q3n_dtype dtype; /* of o, q, k and v: F32; BF16 and F16 in CUDA kernels, others refuse them (Q3N_DTYPE). All
+                      arithmetic and the states are f32: o alone is rounded */
   q3n_gate gate;
   q3n_head_map head_map;
   int32_t qk_l2norm; /* 1: q and k are first normalised, x rsqrt(sum x^2 + qk_l2norm_eps) */
@@ -72,6 +75,7 @@ typedef struct q3n_gated_delta_args {
 Q3N_DECLARE_OPERATOR(gated_delta);
 Q3N_DECLARE_CUDA(gated_delta, gated_delta_recurrent);
 Q3N_DECLARE_CUDA(gated_delta, gated_delta_chunked);
-Q3N_DECLARE_CUDA(gated_delta, gated_delta); /* one of the two, by the sizes */
+Q3N_DECLARE_CUDA(gated_delta, gated_delta_segmented);
+Q3N_DECLARE_CUDA(gated_delta, gated_delta); /* one of these, by the sizes */
 
 #endif

@@ -194,6 +194,7 @@ static q3n_status run_rest(const q3n_gated_delta_args *a, const gd_head *x, int6
 }
 
 static q3n_status run(const q3n_gated_delta_args *a, int64_t begin, int64_t end, char *scratch, int64_t C) {
+  Q3N_GATED_DELTA_F32_ALONE(a);
   const int64_t K = a->K, V = a->V, one_by_one = q3n_gated_delta_recurrent_scratch(a);
   float *kept = (float *)(void *)(scratch + one_by_one);
   chunk ch = layout(a, C, scratch + one_by_one + q3n_align(K * V * 4));

@@ -136,6 +136,7 @@ static sums update_and_sums(const block *b, int64_t r, int64_t t, float32x4_t u)
 }
 
 q3n_status q3n_gated_delta_recurrent_neon(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
+  Q3N_GATED_DELTA_F32_ALONE(a);
   const int64_t blocks = q3n_ceil_div(a->V, Q3N_GATED_DELTA_ROWS);
   block b = layout(a, scratch);
 

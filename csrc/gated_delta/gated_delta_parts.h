@@ -32,6 +32,9 @@ int64_t q3n_gated_delta_recurrent_avx2_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_chunked32_avx2_scratch(const q3n_gated_delta_args *a);
 int64_t q3n_gated_delta_neon_scratch(const q3n_gated_delta_args *a);
 
+/* First in every variant: float is all that the CPU's read. */
+#define Q3N_GATED_DELTA_F32_ALONE(a) Q3N_REFUSE((a)->dtype != Q3N_F32, DTYPE, DTYPE)
+
 /* The arrays of one sequence and value head: slots, head map and cu_seqlens are resolved here and nowhere else. */
 typedef struct gd_head {
   int64_t T;
@@ -48,12 +51,12 @@ static inline gd_head gd_find_head(const q3n_gated_delta_args *a, int64_t b, int
   if (a->state_in) x.state_in = a->state_in + slot_in * a->state_slot + h * a->state_h;
   if (a->state_out) x.state_out = a->state_out + slot_out * a->state_slot + h * a->state_h;
   if (x.T == 0) return x; /* the other pointers may be NULL */
-  x.q = a->q ? a->q + row * a->q_b + t * a->q_t + hk * a->q_h : NULL;
-  x.k = a->k ? a->k + row * a->k_b + t * a->k_t + hk * a->k_h : NULL;
-  x.v = a->v + row * a->v_b + t * a->v_t + h * a->v_h;
+  x.q = a->q ? (const float *)a->q + row * a->q_b + t * a->q_t + hk * a->q_h : NULL;
+  x.k = a->k ? (const float *)a->k + row * a->k_b + t * a->k_t + hk * a->k_h : NULL;
+  x.v = (const float *)a->v + row * a->v_b + t * a->v_t + h * a->v_h;
   x.g = a->g ? a->g + row * a->g_b + t * a->g_t + h * a->g_h : NULL;
   x.beta = a->beta + row * a->beta_b + t * a->beta_t + h * a->beta_h;
-  x.o = a->o + row * a->o_b + t * a->o_t + h * a->o_h;
+  x.o = (float *)a->o + row * a->o_b + t * a->o_t + h * a->o_h;
   if (a->snapshots) x.snapshots = a->snapshots + row * a->snap_b + t * a->snap_t + h * a->snap_h;
   return x;
 }

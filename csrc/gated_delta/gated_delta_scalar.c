@@ -30,6 +30,7 @@ static float step(float *restrict s, int64_t K, const float *restrict decay, con
 }
 
 q3n_status q3n_gated_delta_recurrent_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
+  Q3N_GATED_DELTA_F32_ALONE(a);
   const int64_t K = a->K, blocks = q3n_ceil_div(a->V, Q3N_GATED_DELTA_ROWS);
   float *s = scratch, *k = s + Q3N_GATED_DELTA_ROWS * K, *q = k + K, *decay = q + K;
 

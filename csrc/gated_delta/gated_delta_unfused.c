@@ -129,6 +129,7 @@ static void advance_state(int64_t K, int64_t V, chunk *ch) {
 }
 
 q3n_status q3n_gated_delta_unfused_scalar(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
+  Q3N_GATED_DELTA_F32_ALONE(a);
   const int64_t K = a->K, V = a->V;
   chunk ch = layout(a, scratch);
 

@@ -8,15 +8,11 @@
 #ifndef Q3N_QUANT_QUANT_CUH
 #define Q3N_QUANT_QUANT_CUH
 
-#include "../cuda/launch.cuh"
+#include "../cuda/half.cuh"
 
 extern "C" {
-#include "../base/dtype.h"
-#include "../base/half.h"
 #include "q8_activations.h"
 }
-
-#define Q3N_DEVICE static __device__ __forceinline__
 
 /* Columns and bytes of a block; plain types are blocks of 1. */
 static __host__ __device__ __forceinline__ constexpr int q3n_block_columns(q3n_dtype t) {
@@ -53,32 +49,6 @@ static __host__ __device__ __forceinline__ constexpr bool q3n_has_min(q3n_dtype 
 /* Columns that share scale and min. */
 static __host__ __device__ __forceinline__ constexpr int q3n_scale_columns(q3n_dtype t) {
   return t == Q3N_Q2_K || t == Q3N_Q3_K || t == Q3N_Q6_K ? 16 : 32;
-}
-
-#if defined(__CUDACC__)
-Q3N_DEVICE float q3n_half_float(uint32_t h) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)h));
-  return x;
-}
-/* To nearest, ties to even, as q3n_f32_to_f16, which also keeps what it can of a NaN. */
-Q3N_DEVICE uint32_t q3n_float_half(float x) {
-  const uint32_t u = __float_as_uint(x);
-  unsigned short h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
-  return x == x ? h : 0x7e00u | (u >> 13 & 0x3ffu) | (u >> 16 & 0x8000u);
-}
-#else
-Q3N_DEVICE float q3n_half_float(uint32_t h) { return q3n_f16_to_f32((uint16_t)h); }
-Q3N_DEVICE uint32_t q3n_float_half(float x) { return q3n_f32_to_f16(x); }
-#endif
-
-Q3N_DEVICE float q3n_bf16_float(uint32_t h) { return __uint_as_float(h << 16); }
-
-/* As q3n_f32_to_bf16. */
-Q3N_DEVICE uint32_t q3n_float_bf16(float x) {
-  const uint32_t u = __float_as_uint(x);
-  return x == x ? (u + 0x7fffu + (u >> 16 & 1u)) >> 16 : u >> 16 | 0x40u;
 }
 
 /* Four bytes at any address, none beside them touched. */

@@ -4,6 +4,8 @@
 use crate::compare::Failure;
 use crate::guard::{place, Guarded, Place};
 use crate::record;
+use half::{bf16, f16};
+use qwen3next_kernels::memory::Float;
 use qwen3next_kernels::{Error, View, ViewMut};
 
 /// What outputs and gaps hold before a call: a NaN with a payload no arithmetic makes.
@@ -11,6 +13,69 @@ pub const POISON: u32 = 0x7fc0_dead;
 
 /// Elements of guard zone before and after an output.
 const GUARD: usize = 64;
+
+/// A float that arrays hold.
+pub trait Value: Float {
+    /// A NaN with a payload no arithmetic makes.
+    const POISON: Self;
+
+    /// The bits, widened with zeros.
+    fn bits(self) -> u32;
+
+    /// The nearest one.
+    fn nearest(x: f32) -> Self;
+
+    /// The same number.
+    fn wide(self) -> f32;
+}
+
+impl Value for f32 {
+    const POISON: f32 = f32::from_bits(POISON);
+
+    fn bits(self) -> u32 {
+        self.to_bits()
+    }
+
+    fn nearest(x: f32) -> f32 {
+        x
+    }
+
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+impl Value for bf16 {
+    const POISON: bf16 = bf16::from_bits(0x7fda);
+
+    fn bits(self) -> u32 {
+        self.to_bits().into()
+    }
+
+    fn nearest(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Value for f16 {
+    const POISON: f16 = f16::from_bits(0x7ead);
+
+    fn bits(self) -> u32 {
+        self.to_bits().into()
+    }
+
+    fn nearest(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
 
 crate::choice! {
     /// How an array lies in its buffer.
@@ -65,19 +130,19 @@ pub fn zones(guard: usize) -> (usize, usize) {
 
 /// An input array of `R` axes.
 #[derive(Debug, Clone)]
-pub struct Input<const R: usize> {
-    buffer: Guarded<f32>,
+pub struct Input<const R: usize, E: Value = f32> {
+    buffer: Guarded<E>,
     shape: [usize; R],
     strides: [usize; R],
     offset: usize,
 }
 
-impl<const R: usize> Input<R> {
+impl<const R: usize, E: Value> Input<R, E> {
     /// Lays out `packed` (row-major, of `shape`); gaps hold poison.
-    pub fn new(packed: &[f32], shape: [usize; R], layout: Layout) -> Self {
+    pub fn new(packed: &[E], shape: [usize; R], layout: Layout) -> Self {
         assert_eq!(packed.len(), shape.iter().product::<usize>());
         let (strides, offset) = (layout.strides(shape), layout.offset());
-        let mut buffer = Guarded::filled(offset + extent(shape, strides), f32::from_bits(POISON));
+        let mut buffer = Guarded::filled(offset + extent(shape, strides), E::POISON);
         for (&x, at) in packed.iter().zip(offsets(shape, strides)) {
             buffer[offset + at] = x;
         }
@@ -85,15 +150,15 @@ impl<const R: usize> Input<R> {
     }
 
     /// The view to pass to the kernel.
-    pub fn view(&self) -> View<'_, R> {
+    pub fn view(&self) -> View<'_, R, E> {
         View::strided(&self.buffer[self.offset..], self.shape, self.strides).expect("laid out for this view")
     }
 }
 
 /// An output array of `R` axes between a guard zone on one side and inaccessible memory on the other.
 #[derive(Debug, Clone)]
-pub struct Output<const R: usize> {
-    buffer: Guarded<f32>,
+pub struct Output<const R: usize, E: Value = f32> {
+    buffer: Guarded<E>,
     shape: [usize; R],
     strides: [usize; R],
     start: usize,
@@ -103,12 +168,7 @@ pub struct Output<const R: usize> {
 impl<const R: usize> Output<R> {
     /// A poisoned output.
     pub fn new(shape: [usize; R], layout: Layout) -> Self {
-        let strides = layout.strides(shape);
-        let (before, after) = zones(GUARD);
-        let start = before + layout.offset();
-        let end = start + extent(shape, strides);
-        let buffer = Guarded::filled(end + after, f32::from_bits(POISON));
-        Output { buffer, shape, strides, start, end }
+        Output::poisoned(shape, layout)
     }
 
     /// An output that starts with these contents (for in-place calls and pools).
@@ -120,34 +180,47 @@ impl<const R: usize> Output<R> {
         }
         out
     }
+}
+
+impl<const R: usize, E: Value> Output<R, E> {
+    /// As [`Output::new`], of any type.
+    pub fn poisoned(shape: [usize; R], layout: Layout) -> Self {
+        let strides = layout.strides(shape);
+        let (before, after) = zones(GUARD);
+        let start = before + layout.offset();
+        let end = start + extent(shape, strides);
+        let buffer = Guarded::filled(end + after, E::POISON);
+        Output { buffer, shape, strides, start, end }
+    }
 
     /// The view to pass to the kernel.
-    pub fn view(&mut self) -> ViewMut<'_, R> {
+    pub fn view(&mut self) -> ViewMut<'_, R, E> {
         self.try_view().expect("laid out for this view")
     }
 
-    fn try_view(&mut self) -> Result<ViewMut<'_, R>, Error> {
+    fn try_view(&mut self) -> Result<ViewMut<'_, R, E>, Error> {
         ViewMut::strided(&mut self.buffer[self.start..self.end], self.shape, self.strides)
     }
 
-    /// The elements, packed. Fails where the kernel wrote outside the view or left an element unwritten.
+    /// The elements, packed and widened. Fails where the kernel wrote outside the view or left an element unwritten.
     pub fn read(&self, what: &str) -> Result<Vec<f32>, Failure> {
         let at = offsets(self.shape, self.strides);
         if record::active() {
-            return Ok(at.iter().map(|&i| self.buffer[self.start + i]).collect());
+            return Ok(at.iter().map(|&i| self.buffer[self.start + i].wide()).collect());
         }
+        let poison = E::POISON.bits();
         let mut inside = vec![false; self.buffer.len()];
         at.iter().for_each(|&i| inside[self.start + i] = true);
-        if let Some(i) = (0..inside.len()).find(|&i| !inside[i] && self.buffer[i].to_bits() != POISON) {
+        if let Some(i) = (0..inside.len()).find(|&i| !inside[i] && self.buffer[i].bits() != poison) {
             return Err(Failure::new(format!(
                 "{what}: wrote outside the array, {} elements from its first",
                 i as i64 - self.start as i64
             )));
         }
-        let values: Vec<f32> = at.iter().map(|&i| self.buffer[self.start + i]).collect();
-        match values.iter().position(|x| x.to_bits() == POISON) {
+        let values: Vec<E> = at.iter().map(|&i| self.buffer[self.start + i]).collect();
+        match values.iter().position(|x| x.bits() == poison) {
             Some(i) => Err(Failure::new(format!("{what}: element {i} of shape {:?} was left unwritten", self.shape))),
-            None => Ok(values),
+            None => Ok(values.into_iter().map(Value::wide).collect()),
         }
     }
 }

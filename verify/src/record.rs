@@ -273,8 +273,9 @@ pub(crate) fn cases<S: Suite>(options: &Options) -> Result<Option<(usize, Vec<u8
     if pointers(S::Op::NAME).is_none() || !guard::AVAILABLE {
         return Ok(None);
     }
-    let mut variants: Vec<(&str, Variant<S::Op>)> = Vec::new();
-    for variant in S::Op::variants() {
+    let mut variants: Vec<(&str, Variant<S::Op>, Variant<S::Op>)> = Vec::new();
+    // What is replayed is for CPUs.
+    for variant in S::Op::variants().into_iter().filter(|v| v.isa() != qwen3next_kernels::Isa::CUDA_HOST) {
         if !variants.iter().any(|v| v.0 == form(&variant)) {
             // SAFETY: it writes inside the arrays of the outputs, and a call is one item.
             let recorder = unsafe {
@@ -286,7 +287,7 @@ pub(crate) fn cases<S: Suite>(options: &Options) -> Result<Option<(usize, Vec<u8
                     record::<S::Op>,
                 )
             };
-            variants.push((form(&variant), recorder));
+            variants.push((form(&variant), variant, recorder));
         }
     }
     let (mut file, mut count) = (b"Q3NCASES".to_vec(), 0);
@@ -294,7 +295,8 @@ pub(crate) fn cases<S: Suite>(options: &Options) -> Result<Option<(usize, Vec<u8
     let (all, written, grid) = (S::checks(), checks(S::Op::NAME), S::grid());
     let cases = grid.iter().step_by(options.stride.max(1));
     for (case, check) in cases.flat_map(|case| all.iter().map(move |check| (case, check))) {
-        for (form, recorder) in variants.iter().filter(|_| written.contains(&check.name)) {
+        for (form, original, recorder) in variants.iter().filter(|_| written.contains(&check.name)) {
+            let case = &S::refusal(original, case).map_or(case.clone(), |(_, without)| without);
             let note = format!("--check {} --case {case} --seed {}", check.name, options.seed);
             RECORDING.set(Some(Recording { next_tag: 1, ..Recording::default() }));
             let outcome = guard::with(Place::End, || (check.run)(recorder, case, options.seed));

@@ -1,7 +1,7 @@
 //! Reports of a verification: one JSON document, or one HTML page that needs nothing else.
 
 use crate::compare::{Histogram, Metrics};
-use crate::suite::{Distribution, Options, Row, Verdict};
+use crate::suite::{not_taken, Distribution, Options, Row, Verdict};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use qwen3next_kernels::Isa;
@@ -116,6 +116,7 @@ pub fn json(machine: &Machine, options: &Options, rows: &[Row]) -> Value {
             };
             json!({
                 "op": r.op, "variant": r.variant, "isa": r.isa.name(), "check": r.check, "cases": r.passed,
+                "not_taken": r.not_taken,
                 "row_l2": r.metrics.row_l2, "max_over_rms": r.metrics.max_over_rms,
                 "bound_multiple": r.metrics.bound_multiple, "nmse": r.metrics.nmse,
                 "rows": r.metrics.rows, "tiny_rows": r.metrics.tiny_rows,
@@ -236,9 +237,10 @@ fn number(value: f64) -> String {
     }
 }
 
-fn cell(verdict: &Verdict) -> String {
+/// `rows`: whose verdict it is.
+fn cell(verdict: &Verdict, rows: &[Row]) -> String {
     match verdict {
-        Verdict::Passed => "<td class=\"passed-cell\">passed</td>".into(),
+        Verdict::Passed => format!("<td class=\"passed-cell text\">passed{}</td>", escape(not_taken(rows))),
         Verdict::Skipped(why) => format!("<td class=\"skipped-cell text\">skipped: {}</td>", escape(why)),
         Verdict::Failed { .. } => "<td class=\"failed-cell\">FAILED</td>".into(),
     }
@@ -306,7 +308,7 @@ fn overview(page: &mut String, rows: &[Row]) {
             group.rows.len(),
             cases(group.rows),
             metric_cells(&group.metrics),
-            worst.map_or(String::new(), cell),
+            worst.map_or(String::new(), |worst| cell(worst, group.rows)),
         );
     }
     *page +=
@@ -359,7 +361,7 @@ fn operator(page: &mut String, rows: &[Row], axes: &Axes) {
             escape(r.check),
             r.passed,
             metric_cells(&r.metrics),
-            cell(&r.verdict)
+            cell(&r.verdict, std::slice::from_ref(r))
         );
         if let Verdict::Failed { failure, reproduce } = &r.verdict {
             *page += &format!(
@@ -511,6 +513,7 @@ mod tests {
             isa: Isa::SCALAR,
             check: "reference",
             passed: 3,
+            not_taken: BTreeMap::from([("dtype bf16".into(), 2)]),
             metrics: Metrics::default(),
             distribution: Distribution::default(),
             verdict: Verdict::Failed { failure: "x & y".into(), reproduce: "qwen3next verify --op norm".into() },

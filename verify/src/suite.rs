@@ -16,6 +16,7 @@ use rand::SeedableRng;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -85,6 +86,11 @@ pub trait Suite: 'static {
 
     /// Reference check and properties.
     fn checks() -> Vec<Check<Self>>;
+
+    /// Where a variant refuses a part of the case, and may: that part, and the case without it, which is run instead.
+    fn refusal(_: &Variant<Self::Op>, _: &Self::Case) -> Option<(&'static str, Self::Case)> {
+        None
+    }
 }
 
 /// What to run.
@@ -158,6 +164,8 @@ pub struct Row {
     pub check: &'static str,
     /// Cases it applied to and passed.
     pub passed: usize,
+    /// Parts of cases that the variant refused, as it may, and how many cases ran without them.
+    pub not_taken: BTreeMap<String, usize>,
     /// Worst metrics over the passed cases.
     pub metrics: Metrics,
     /// Metrics of every passed case that was measured (a bitwise check measures nothing).
@@ -192,9 +200,18 @@ impl Row {
             isa,
             check,
             passed: 0,
+            not_taken: BTreeMap::new(),
             metrics: Metrics::default(),
             distribution: Distribution::default(),
             verdict: Verdict::Passed,
+        }
+    }
+
+    /// Counts a case that passed, without what the variant refused of it.
+    fn pass_without(&mut self, metrics: Metrics, refused: Option<&str>) {
+        self.pass(metrics);
+        if let Some(what) = refused {
+            *self.not_taken.entry(what.into()).or_default() += 1;
         }
     }
 
@@ -208,6 +225,19 @@ impl Row {
         if metrics.rows > 0 || metrics.bound_multiple > 0.0 {
             self.distribution.bound_multiple.add(metrics.bound_multiple);
         }
+    }
+}
+
+/// What is told of rows of one variant beside their verdict: what it did not take, and of how many cases.
+pub fn not_taken(rows: &[Row]) -> String {
+    let mut parts = BTreeMap::<&str, usize>::new();
+    for (what, cases) in rows.iter().flat_map(|row| &row.not_taken) {
+        *parts.entry(what).or_default() += cases;
+    }
+    let parts: Vec<String> = parts.iter().map(|(what, n)| format!("{what} ({n} cases ran without)")).collect();
+    match parts.is_empty() {
+        true => String::new(),
+        false => format!("; not taken: {}", parts.join(", ")),
     }
 }
 
@@ -421,13 +451,23 @@ fn run_check<S: Suite>(
         reproduce: reproduce::<S>(options, variant, check.name, Some((case, seed))),
     };
     let (running, _scratch) = (current::enter(), ScratchGuard::install());
-    let attempt = |case: &S::Case, seed: u64, place: Place| {
+    let next = |case: &S::Case, seed: u64| {
         let command = reproduce::<S>(options, variant, check.name, Some((case, seed)));
         running.is(&command);
         if let Some(announce) = options.announce {
             announce(variant.name(), variant.isa(), &command);
         }
+    };
+    let attempt = |case: &S::Case, seed: u64, place: Place| {
+        next(case, seed);
         guard::with(place, || (check.run)(variant, case, seed))
+    };
+    let taken = |case: &S::Case, seed: u64| {
+        next(case, seed);
+        match S::refusal(variant, case) {
+            Some((what, without)) => (without, Some(what)),
+            None => (case.clone(), None),
+        }
     };
     // Cases of the grid run with the ends of their arrays, then with their starts at inaccessible memory.
     let both = |case: &S::Case, seed: u64| -> Outcome {
@@ -446,11 +486,16 @@ fn run_check<S: Suite>(
         if i % stride != 0 && row.passed > 0 {
             break;
         }
-        match both(case, options.seed) {
-            Ok(Some(metrics)) => row.pass(metrics),
+        let (case, refused) = taken(case, options.seed);
+        if let (Some(what), Some(_)) = (refused, &options.case) {
+            row.verdict = Verdict::Skipped(format!("{what} is not taken"));
+            return row;
+        }
+        match both(&case, options.seed) {
+            Ok(Some(metrics)) => row.pass_without(metrics, refused),
             Ok(None) => {}
             Err(failure) => {
-                row.verdict = failed(case, options.seed, failure);
+                row.verdict = failed(&case, options.seed, failure);
                 return row;
             }
         }
@@ -470,19 +515,22 @@ fn run_check<S: Suite>(
         };
         let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
         let shared = RefCell::new(row);
-        let result = runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| match either(&case, seed) {
-            Ok(Some(metrics)) => {
-                shared.borrow_mut().pass(metrics);
-                Ok(())
+        let result = runner.run(&(S::strategy(), 0u64..1 << 32), |(case, seed)| {
+            let (case, refused) = taken(&case, seed);
+            match either(&case, seed) {
+                Ok(Some(metrics)) => {
+                    shared.borrow_mut().pass_without(metrics, refused);
+                    Ok(())
+                }
+                Ok(None) => Ok(()),
+                Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
             }
-            Ok(None) => Ok(()),
-            Err(failure) => Err(proptest::test_runner::TestCaseError::fail(failure.0)),
         });
         row = shared.into_inner();
         match result {
             Ok(()) => {}
             Err(TestError::Fail(reason, (case, seed))) => {
-                row.verdict = failed(&case, seed, Failure::new(reason.message()));
+                row.verdict = failed(&taken(&case, seed).0, seed, Failure::new(reason.message()));
                 return row;
             }
             Err(TestError::Abort(reason)) => {

@@ -1,10 +1,13 @@
 //! Every variant of the gated delta rule on every case and on golden vectors, and the calls it must refuse.
 
+use half::{bf16, f16};
+use qwen3next_kernels::ffi::Q3N_DTYPE;
 use qwen3next_kernels::gated_delta::{self, Gate, HeadMap, LogDecay, Op, State};
+use qwen3next_kernels::memory::Float;
 use qwen3next_kernels::{Error, Exec, Operator, View, ViewMut};
 use qwen3next_verify::buffer::Layout;
 use qwen3next_verify::cases::gated_delta::{
-    call, judge, sequences_alone, Case, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
+    call, judge, sequences_alone, Case, Dtype as Number, GateKind, GatedDelta, Heads, Inputs, Regime, Rows, StateKind,
 };
 use qwen3next_verify::compare::bitwise;
 use qwen3next_verify::reference::gated_delta::Form;
@@ -97,6 +100,7 @@ fn golden_vectors_of_hugging_face() {
             rows: Rows::Dense,
             layout: Layout::Packed,
             regime: Regime::Mild,
+            dtype: Number::F32,
         };
         let inputs = Inputs {
             q: narrow("q"),
@@ -214,6 +218,50 @@ fn wrong_arguments_are_refused_by_name() {
     Call { eps: Some(-1.0), ..Call::default() }.refused("eps: value");
     Call { eps: Some(f32::NAN), ..Call::default() }.refused("eps: value");
     Call { v: [2, 3, 2, 1025], o_strides: [6150, 2050, 1025, 1], ..Call::default() }.run().expect_err("V over 1024");
+}
+
+/// A call of one token in a type.
+fn typed<E: Float>(zero: E, exec: &Exec<Op>) -> Result<(), Error> {
+    let (x, mut o, one) = (vec![zero; 4], vec![zero; 4], [1.0f32]);
+    gated_delta::run(
+        gated_delta::Args {
+            o: ViewMut::new(&mut o, [1, 1, 1, 4])?,
+            snapshots: None,
+            state: State::Zero { out: None, slot_out: None },
+            q: View::new(&x, [1, 1, 1, 4])?,
+            k: View::new(&x, [1, 1, 1, 4])?,
+            v: View::new(&x, [1, 1, 1, 4])?,
+            gate: Gate::None,
+            beta: View::new(&one, [1, 1, 1])?,
+            cu_seqlens: None,
+            head_map: HeadMap::Grouped,
+            qk_l2norm: None,
+            scale: 1.0,
+        },
+        exec,
+    )
+}
+
+#[test]
+fn variants_of_the_cpu_refuse_16_bits_and_cuda_kernels_take_them() {
+    let variants = Op::variants().into_iter().filter(|v| v.isa().available());
+    for exec in std::iter::once(Exec::default())
+        .chain(variants.clone().filter(|v| !v.name().contains("cuda")).map(Exec::variant))
+    {
+        typed(0.0f32, &exec).expect("f32 is taken");
+        for refused in [typed(bf16::ZERO, &exec), typed(f16::ZERO, &exec)] {
+            let error = refused.expect_err("16 bits on the CPU");
+            assert_eq!(error.kind(), Some(Q3N_DTYPE));
+            assert_eq!(
+                error.to_string(),
+                "gated_delta: dtype: q, k, v and o are bf16 or f16: expected f32, or a CUDA kernel"
+            );
+        }
+    }
+    for variant in variants.filter(|v| v.name().contains("cuda")) {
+        let exec = Exec::variant(variant);
+        typed(0.0f32, &exec).and(typed(bf16::ZERO, &exec)).and(typed(f16::ZERO, &exec)).expect("CUDA takes all three");
+    }
 }
 
 #[test]

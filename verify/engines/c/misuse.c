@@ -48,6 +48,13 @@ int main(void) {
   a.k = NULL;
   expect("a missing array", q3n_gated_delta_run(NULL, &a, 0, 1, scratch, sizeof scratch),
          q3n_fail(Q3N_NULL, Q3N_ARG_KEY), "k: is NULL");
+  a = good();
+  a.dtype = Q3N_Q8_0;
+  expect("a type nobody takes", q3n_gated_delta_run(NULL, &a, 0, 1, scratch, sizeof scratch),
+         q3n_fail(Q3N_DTYPE, Q3N_ARG_DTYPE), "dtype: dtype not supported by this operator");
+  a.dtype = Q3N_BF16; /* of kernels for GPUs */
+  expect("a type of other variants", q3n_gated_delta_run(NULL, &a, 0, 1, scratch, sizeof scratch),
+         q3n_fail(Q3N_DTYPE, Q3N_ARG_DTYPE), "dtype: dtype not supported by this operator");
   expect("no args", q3n_gated_delta_run(NULL, NULL, 0, 1, scratch, sizeof scratch), q3n_fail(Q3N_NULL, Q3N_ARG_ARGS),
          "args: is NULL");
   a = good();

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -145,6 +146,7 @@ def misuse():
         ("heads that do not divide", lambda: out(q=q[:, :, :1].expand(2, 70, 3, 32), k=k[:, :, :1].expand(2, 70, 3, 32)), "HV:"),
         ("another shape", lambda: out(beta=beta[:, :5]), "beta: shape [2, 5, 4], expected [2, 70, 4]"),
         ("another type", lambda: out(k=k.double()), "k: torch.float64, expected torch.float32"),
+        ("a type of GPUs", lambda: out(q=q.bfloat16()), "q: torch.bfloat16, expected torch.float32"),
         ("last axis with gaps", lambda: out(q=torch.zeros(2, 70, 2, 64)[..., ::2]), "q: the last axis is not contiguous"),
         ("another variant", lambda: q3n.gated_delta(q, k, v, g, beta, None, 1.0, variant="fast"), "no variant 'fast'"),
         ("packed lengths that fall", lambda: q3n.gated_delta(q[:1], k[:1], v[:1], g[:1], beta[:1], None, 1.0, cu_seqlens=torch.tensor([0, 9, 5, 70])), "cu_seqlens: value out of range"),
@@ -207,6 +209,21 @@ def worst_error(ours, theirs):
     return max(l2(a, b) if torch.isfinite(a).all() else float("inf") for a, b in pairs)
 
 
+def sixteen_bits(claim, device, kernels=contextlib.nullcontext):
+    """q, k, v and o of bfloat16 and float16 beside a float32 call on the same numbers: o is rounded once, the state never."""
+    q, k, v, *others = inputs(device=device)
+    texts, holds = [], True
+    for dtype, unit in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        narrow = [x.to(dtype) for x in (q, k, v)]
+        expected = q3n.gated_delta(*(x.cpu().float() for x in narrow), *(x.cpu() for x in others), 0.2, True)
+        with kernels():
+            calls = [q3n.gated_delta(*narrow, *others, 0.2, True, variant=variant) for variant in DELTA_KERNELS]
+        o, state = (max(l2(call[i].cpu(), expected[i]) for call in calls) for i in (0, 1))
+        holds &= o < unit and state < 1e-4 and all(o.dtype == dtype and s.dtype == torch.float32 for o, s in calls)
+        texts.append(f"{dtype}: worst row error of o {o:.1e}, of the state {state:.1e}")
+    say(claim, holds, "; ".join(texts))
+
+
 def other_indices(device):
     """Whether a call is checked on one array and computed with another: copies on the CPU are for the check alone."""
     q, k, v, g, beta, _ = (x[:1] for x in inputs(device=device))
@@ -239,6 +256,9 @@ def cuda_misuse(device):
     return [
         ("last axis with gaps", lambda: out(q=torch.zeros(2, 70, 2, 64, device=device)[..., ::2]), "q: the last axis is not contiguous"),
         ("another type", lambda: out(k=k.half()), "k: torch.float16, expected torch.float32"),
+        ("types that differ", lambda: out(q=q.half(), k=k.half(), v=v.bfloat16()), "v: torch.bfloat16, expected torch.float16"),
+        ("an output of another type", lambda: out(q=q.half(), k=k.half(), v=v.half()), "o: torch.float32, expected torch.float16"),
+        ("a type nobody takes", lambda: out(q=q.double()), "q: torch.float64, expected torch.float32 or torch.float16 or torch.bfloat16"),
         ("another shape", lambda: out(beta=beta[:, :5]), "beta: shape [2, 5, 4], expected [2, 70, 4]"),
         ("output over an input", lambda: out(v=o), "o: overlaps an argument it must not overlap"),
         ("a variant of the CPU", lambda: out(variant="recurrent_scalar"), "no variant 'recurrent_scalar'; there are cuda, "),
@@ -264,6 +284,7 @@ def executor():
     error = max(worst_error(x, expected) for x in ours)
     say("CUDA kernels on the host executor", error < 1e-5, f"{sum(map(len, ours))} calls of the three operators, the way of CUDA tensors but for the "
         f"stream: worst row error {error:.1e} against the CPU operators")  # fmt: skip
+    sixteen_bits("bfloat16 and float16 on the host executor", cpu, native.executor)
     say("index arrays of CUDA calls", swapped, "the check reads the copy on the CPU, the kernels the array on the device")
 
     q, k, v, g, beta, _ = inputs()
@@ -292,7 +313,7 @@ def executor():
 
 def gpu():
     """CUDA tensors."""
-    claims = ("CUDA tensors", "another stream", "torch.cuda.graph", "misuse of CUDA tensors")
+    claims = ("CUDA tensors", "another stream", "torch.cuda.graph", "misuse of CUDA tensors", "bfloat16 and float16")
     missing = None if native.HAS_CUDA else "the package is built without CUDA kernels (Q3N_CUDA=1)"
     if not missing and not torch.cuda.is_available():
         missing = "torch finds no GPU"
@@ -305,6 +326,7 @@ def gpu():
     worst = max(worst_error(every_call(device, DELTA_KERNELS, where), expected) for where in ("both", "device", "cpu"))
     say(claims[0], worst < 1e-5 and other_indices(device), f"on {torch.cuda.get_device_name()}: worst row error {worst:.1e} against the CPU operators")
 
+    sixteen_bits(claims[4], device)
     q, k, v, g, beta, state = inputs(device=device)
     stream = torch.cuda.Stream()
     eager = q3n.gated_delta(q, k, v, g, beta, state, 0.2, True)

@@ -33,7 +33,9 @@ int64_t my_gated_delta_scratch_bytes(const q3n_gated_delta_args *a) {
 }
 
 q3n_status my_gated_delta(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
-  float *s = scratch, *k = s + a->V * a->K, *q = k + a->K;
+  if (a->dtype != Q3N_F32) return q3n_fail(Q3N_DTYPE, Q3N_ARG_DTYPE);
+  const float *all_q = a->q, *all_k = a->k, *all_v = a->v;
+  float *all_o = a->o, *s = scratch, *k = s + a->V * a->K, *q = k + a->K;
 
   for (int64_t item = begin; item < end; item++) {
     const int64_t b = item / a->HV, h = item % a->HV;
@@ -49,12 +51,12 @@ q3n_status my_gated_delta(const q3n_gated_delta_args *a, int64_t begin, int64_t 
 
     for (int64_t i = 0; i < T; i++) {
       const int64_t t = first + i;
-      const float *v = a->v + row * a->v_b + t * a->v_t + h * a->v_h;
+      const float *v = all_v + row * a->v_b + t * a->v_t + h * a->v_h;
       const float beta = a->beta[row * a->beta_b + t * a->beta_t + h * a->beta_h];
       const float *g = a->g ? a->g + row * a->g_b + (first + TOKEN_OF_DECAY(i)) * a->g_t + h * a->g_h : NULL;
-      float *o = a->o + row * a->o_b + t * a->o_t + h * a->o_h;
-      load(a, a->k + row * a->k_b + t * a->k_t + hk * a->k_h, k);
-      load(a, a->q + row * a->q_b + t * a->q_t + hk * a->q_h, q);
+      float *o = all_o + row * a->o_b + t * a->o_t + h * a->o_h;
+      load(a, all_k + row * a->k_b + t * a->k_t + hk * a->k_h, k);
+      load(a, all_q + row * a->q_b + t * a->q_t + hk * a->q_h, q);
 
       for (int64_t j = 0; j < a->V; j++) {
         float *x = s + j * a->K;

@@ -1,17 +1,19 @@
 //! Gated delta rule: the bound against the token loop on every shape, layout and regime, and what must hold bit for
 //! bit.
 
-use crate::buffer::{FarPool, Input, Layout, Output};
+use crate::buffer::{FarPool, Input, Layout, Output, Value};
 use crate::compare::{bitwise, compare, Failure, Metrics, U32};
 use crate::drift;
 use crate::guard::{place, Guarded, Place};
+pub use crate::reference::gated_delta::Dtype;
 use crate::reference::gated_delta::{bounds, Bounds, Form, Head, Trace, EXP};
 use crate::suite::{everywhere, rng, Check, Outcome, Rng, Suite};
 use crate::{case, choice};
+use half::{bf16, f16};
 use ndarray::{Array1, Array2, Axis};
 use proptest::prelude::*;
 use qwen3next_kernels::gated_delta::{self, Gate, HeadMap, LogDecay, State};
-use qwen3next_kernels::{Exec, Operator, Variant, View, ViewMut};
+use qwen3next_kernels::{ffi, Error, Exec, Operator, Variant, View, ViewMut};
 use rand::seq::SliceRandom;
 use rand::Rng as _;
 
@@ -106,6 +108,8 @@ case! {
         pub layout: Layout,
         /// Fill.
         pub regime: Regime,
+        /// Type of q, k, v and o.
+        pub dtype: Dtype,
     }
 }
 
@@ -170,7 +174,8 @@ impl Case {
     }
 }
 
-/// Inputs, packed, tokens of all sequences one after the other.
+/// Inputs, packed, tokens of all sequences one after the other. What a call is given of q, k and v is the nearest of its
+/// type.
 #[derive(Debug, Clone)]
 pub struct Inputs {
     /// `[tokens][HK][K]`.
@@ -243,13 +248,14 @@ impl Inputs {
                 }
                 // Vectors that the kernel normalises may have any length.
                 let length = if case.l2norm { rng.random_range(0.1..10.0) } else { 1.0 };
-                all.extend(x.into_iter().map(|x| (x * length) as f32));
+                all.extend(x.into_iter().map(|x| case.dtype.round((x * length) as f32)));
             }
             all
         };
         let (q, k) = (keys(false), keys(true));
         let largest = if regime == Regime::Mild { 4.0 } else { 25.0 };
-        let v = (0..tokens * case.hv * case.v).map(|_| rng.random_range(-largest..largest)).collect();
+        let mut value = |_| case.dtype.round(rng.random_range(-largest..largest));
+        let v = (0..tokens * case.hv * case.v).map(&mut value).collect();
         let g = (0..tokens * case.hv * case.width()).map(|_| draw_decay(&mut rng, regime)).collect();
         let beta = (0..tokens * case.hv).map(|_| draw_beta(&mut rng, regime)).collect();
         let state = (0..case.b * case.state_len()).map(|_| rng.random_range(-2.0..2.0)).collect();
@@ -271,7 +277,8 @@ impl Inputs {
     pub fn head(&self, case: &Case, b: usize, h: usize) -> Head {
         let (first, n, hk) = (case.start(b), case.len(b), case.key_head(h));
         let rows = |x: &[f32], heads: usize, head: usize, width: usize| {
-            Array2::from_shape_fn((n, width), |(t, c)| f64::from(x[((first + t) * heads + head) * width + c]))
+            let at = |t: usize, c: usize| ((first + t) * heads + head) * width + c;
+            Array2::from_shape_fn((n, width), |(t, c)| f64::from(case.dtype.round(x[at(t, c)])))
         };
         let width = case.width();
         let g = Array2::from_shape_fn((n, case.k), |(t, c)| match case.gate {
@@ -295,7 +302,7 @@ impl Inputs {
     }
 }
 
-/// What a call wrote, packed.
+/// What a call wrote, packed and widened.
 #[derive(Debug, Clone, Default)]
 pub struct Outputs {
     /// `[tokens][HV][V]`.
@@ -311,11 +318,24 @@ const UNUSED: f32 = 1.0e30;
 
 /// Runs the operator. Fails where it writes outside its outputs or into a pool entry that no sequence ends in.
 pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Result<Outputs, Failure> {
+    match case.dtype {
+        Dtype::F32 => call_typed::<f32>(exec, case, inputs),
+        Dtype::BF16 => call_typed::<bf16>(exec, case, inputs),
+        Dtype::F16 => call_typed::<f16>(exec, case, inputs),
+    }
+}
+
+/// The nearest of a type.
+fn narrow<E: Value>(x: &[f32]) -> Vec<E> {
+    x.iter().map(|&x| E::nearest(x)).collect()
+}
+
+fn call_typed<E: Value>(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Result<Outputs, Failure> {
     let (rows, tokens) = case.row_shape();
     let (hk, hv, k, v, layout) = (case.hk, case.hv, case.k, case.v, case.layout);
-    let q = Input::new(&inputs.q, [rows, tokens, hk, k], layout);
-    let keys = Input::new(&inputs.k, [rows, tokens, hk, k], layout);
-    let values = Input::new(&inputs.v, [rows, tokens, hv, v], layout);
+    let q = Input::new(&narrow::<E>(&inputs.q), [rows, tokens, hk, k], layout);
+    let keys = Input::new(&narrow::<E>(&inputs.k), [rows, tokens, hk, k], layout);
+    let values = Input::new(&narrow::<E>(&inputs.v), [rows, tokens, hv, v], layout);
     let beta = Input::new(&inputs.beta, [rows, tokens, hv], layout);
     let lay_g = |shape: &[usize]| -> Vec<f32> {
         if inputs.g.len() == shape.iter().product::<usize>() {
@@ -328,7 +348,7 @@ pub fn call(exec: &Exec<gated_delta::Op>, case: &Case, inputs: &Inputs) -> Resul
         (case.gate == GateKind::Scalar).then(|| Input::new(&lay_g(&[rows, tokens, hv]), [rows, tokens, hv], layout));
     let channel = (case.gate == GateKind::Channel)
         .then(|| Input::new(&lay_g(&[rows, tokens, hv, k]), [rows, tokens, hv, k], layout));
-    let mut o = Output::new([rows, tokens, hv, v], layout);
+    let mut o = Output::poisoned([rows, tokens, hv, v], layout);
     let mut snapshots = case.snapshots.then(|| Output::new([rows, tokens, hv, v, k], layout));
     let cu = Guarded::of(&(0..=case.b).map(|b| case.start(b) as i64).collect::<Vec<_>>());
 
@@ -412,7 +432,7 @@ pub fn judge(case: &Case, inputs: &Inputs, form: Form, restart: usize) -> Judged
         .map(|i| {
             let head = inputs.head(case, i / case.hv, i % case.hv);
             let trace = head.recurrent();
-            let bounds = bounds(&head, &trace, form, restart);
+            let bounds = bounds(&head, &trace, form, case.dtype, restart);
             (trace, bounds)
         })
         .collect();
@@ -457,6 +477,34 @@ impl Judged {
 
 fn exec(variant: &Variant<gated_delta::Op>) -> Exec<gated_delta::Op> {
     Exec::variant(*variant)
+}
+
+/// Whether a variant takes calls in a type: one of one token tells, where the variant can run.
+fn takes(variant: &Variant<gated_delta::Op>, dtype: Dtype) -> bool {
+    fn one_token<E: Value>(variant: &Variant<gated_delta::Op>) -> Result<(), Error> {
+        let (x, mut o, beta) = ([E::nearest(1.0)], [E::nearest(0.0)], [1.0]);
+        let args = gated_delta::Args {
+            o: ViewMut::new(&mut o, [1; 4])?,
+            snapshots: None,
+            state: State::Zero { out: None, slot_out: None },
+            q: View::new(&x, [1; 4])?,
+            k: View::new(&x, [1; 4])?,
+            v: View::new(&x, [1; 4])?,
+            gate: Gate::None,
+            beta: View::new(&beta, [1; 3])?,
+            cu_seqlens: None,
+            head_map: HeadMap::Grouped,
+            qk_l2norm: None,
+            scale: 1.0,
+        };
+        gated_delta::run(args, &exec(variant))
+    }
+    let tried = match dtype {
+        Dtype::F32 => one_token::<f32>(variant),
+        Dtype::BF16 => one_token::<bf16>(variant),
+        Dtype::F16 => one_token::<f16>(variant),
+    };
+    variant.isa().available() && tried.err().and_then(|e| e.kind()) != Some(ffi::Q3N_DTYPE)
 }
 
 fn is_recurrent(variant: &Variant<gated_delta::Op>) -> bool {
@@ -530,9 +578,9 @@ fn placement(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outc
     passed()
 }
 
-/// Scaling (v, S₀) by 2ⁿ scales (o, S); scaling q scales o.
+/// Scaling (v, S₀) by 2ⁿ scales (o, S); scaling q scales o. Not in f16, whose exponents end too soon.
 fn scaling(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
-    if case.regime != Regime::Mild || case.work() > PROPERTY_WORK {
+    if case.regime != Regime::Mild || case.dtype == Dtype::F16 || case.work() > PROPERTY_WORK {
         return Ok(None);
     }
     let inputs = Inputs::generate(case, seed);
@@ -639,10 +687,7 @@ fn split(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     let whole = call(&exec(variant), case, &inputs)?;
     let at = pick(seed, case.t + 1);
     let form = Form::of(variant.name());
-    let edge = match form {
-        Form::Recurrent => at,
-        Form::Chunked(n) | Form::Split(n) => at / n * n,
-    };
+    let edge = at / form.chunk() * form.chunk();
     all_bitwise(&format!("split at {edge}"), &in_two(edge)?, &whole)?;
     if edge == at {
         return passed();
@@ -1063,8 +1108,8 @@ fn only_bound(metrics: Result<Metrics, Failure>) -> Outcome {
     metrics.map(|m| Some(Metrics { bound_multiple: m.bound_multiple, ..Metrics::default() }))
 }
 
-/// `n` orthonormal vectors of `k` ≥ n channels, rounded to f32.
-fn orthonormal_vectors(rng: &mut Rng, n: usize, k: usize) -> Vec<Vec<f32>> {
+/// `n` orthonormal vectors of `k` ≥ n channels, rounded.
+fn orthonormal_vectors(rng: &mut Rng, n: usize, k: usize, dtype: Dtype) -> Vec<Vec<f32>> {
     let mut basis: Vec<Vec<f64>> = vec![];
     while basis.len() < n {
         let mut x = unit_vector(rng, k);
@@ -1085,7 +1130,7 @@ fn orthonormal_vectors(rng: &mut Rng, n: usize, k: usize) -> Vec<Vec<f32>> {
             basis.push(x);
         }
     }
-    basis.into_iter().map(|x| x.into_iter().map(|x| x as f32).collect()).collect()
+    basis.into_iter().map(|x| x.into_iter().map(|x| dtype.round(x as f32)).collect()).collect()
 }
 
 /// No gate, β = 1, unit keys: orthonormal keys each read back what was written with them, after all were written; one
@@ -1108,7 +1153,7 @@ fn orthonormal(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Ou
     let mut inputs = Inputs { scale: 1.0, ..Inputs::generate(&case, seed) };
     // The first n tokens write, the others only read.
     inputs.beta.iter_mut().enumerate().for_each(|(i, b)| *b = f32::from(u8::from(i / case.hv % case.t < n)));
-    let basis = orthonormal_vectors(&mut rng(seed ^ 1), n, case.k);
+    let basis = orthonormal_vectors(&mut rng(seed ^ 1), n, case.k, case.dtype);
     let mut worst = Metrics::default();
     for repeated in [false, true] {
         let key = |t: usize| if repeated { &basis[0] } else { &basis[t % n] };
@@ -1158,17 +1203,22 @@ fn combined(
     Ok(o.worst(s).worst(p))
 }
 
-/// Linear in (v, S₀) jointly: the sum of two problems, exact in f32, gives the sum of their results.
+/// Linear in (v, S₀) jointly: the sum of two problems, exact in their types, gives the sum of their results.
 fn linearity(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     if case.work() > PROPERTY_WORK / 4 {
         return Ok(None);
     }
-    // Multiples of 2⁻¹⁰ below 64: sums are exact.
-    let coarse = |x: &[f32]| x.iter().map(|x| (x * 1024.0).round() / 1024.0).collect::<Vec<f32>>();
+    // Multiples of 2⁻¹⁰ below 64, in 8 and 11 bits of 2⁻² and 2⁻⁵: sums are exact.
+    let coarse = |x: &[f32], parts: f32| x.iter().map(|x| (x * parts).round() / parts).collect::<Vec<f32>>();
+    let parts = match case.dtype {
+        Dtype::F32 => 1024.0,
+        Dtype::BF16 => 4.0,
+        Dtype::F16 => 32.0,
+    };
     let first = Inputs::generate(case, seed);
     let other = Inputs::generate(case, seed ^ 1);
-    let x = Inputs { v: coarse(&first.v), state: coarse(&first.state), ..first.clone() };
-    let y = Inputs { v: coarse(&other.v), state: coarse(&other.state), ..first };
+    let x = Inputs { v: coarse(&first.v, parts), state: coarse(&first.state, 1024.0), ..first.clone() };
+    let y = Inputs { v: coarse(&other.v, parts), state: coarse(&other.state, 1024.0), ..first };
     let add = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| x + y).collect::<Vec<f32>>();
     let z = Inputs { v: add(&x.v, &y.v), state: add(&x.state, &y.state), ..x.clone() };
     let form = Form::of(variant.name());
@@ -1193,7 +1243,7 @@ fn rotated(x: &[f32], k: usize) -> Vec<f32> {
 }
 
 /// (q, k, S₀) turned by an orthogonal map of the key channels: o stays and S turns. A change of the signs of some
-/// channels does so bit for bit, a rotation within the bounds of both calls.
+/// channels does so bit for bit, a rotation within the bounds of both calls: of f32 alone, as it takes bits.
 fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     if case.k == 0 || case.work() > PROPERTY_WORK / 2 {
         return Ok(None);
@@ -1208,6 +1258,9 @@ fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
     same_values("o with signs of channels changed", &got.o, &base.o)?;
     same_values("S with signs of channels changed", &got.state, &flip(&base.state))?;
     same_values("snapshots with signs of channels changed", &got.snapshots, &flip(&base.snapshots))?;
+    if case.dtype != Dtype::F32 {
+        return passed();
+    }
 
     // Multiples of 2⁻¹⁴ below 16, and one decay for the four channels that mix.
     let coarse = |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 16384.0).round() / 16384.0);
@@ -1237,7 +1290,7 @@ fn rotation(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
 }
 
 /// The forms of the rule (token by token, chunks of any size, U and W) agree: this variant and the next one of the list
-/// are within both bounds of each other.
+/// are within both bounds of each other, that one in f32 where it takes nothing else.
 fn agree(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     if case.work() > PROPERTY_WORK / 2 {
         return Ok(None);
@@ -1245,8 +1298,9 @@ fn agree(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     let all: Vec<_> = gated_delta::Op::variants().into_iter().filter(|v| v.isa().available()).collect();
     let at = all.iter().position(|v| v.name() == variant.name()).map_or(0, |i| (i + 1) % all.len());
     let inputs = Inputs::generate(case, seed);
-    let bounds = [variant.name(), all[at].name()].map(|name| judge(case, &inputs, Form::of(name), 0));
-    let (got, other) = (call(&exec(variant), case, &inputs)?, call(&exec(&all[at]), case, &inputs)?);
+    let of_other = GatedDelta::refusal(&all[at], case).map_or(case.clone(), |(_, without)| without);
+    let bounds = [(variant, case), (&all[at], &of_other)].map(|(v, case)| judge(case, &inputs, Form::of(v.name()), 0));
+    let (got, other) = (call(&exec(variant), case, &inputs)?, call(&exec(&all[at]), &of_other, &inputs)?);
     let want = |of: fn(&Outputs) -> &Vec<f32>| of(&other).iter().map(|&x| f64::from(x)).collect();
     only_bound(combined(case, &got, want, &bounds))
 }
@@ -1392,7 +1446,7 @@ fn dense(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
 /// 4,096 tokens in calls of 64: the state stays within what independent roundings leave of float64.
 fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     // Its arrays are its own: where the suite's lie makes no difference.
-    if case.t < drift::QUICK || place() == Place::Start {
+    if case.t < drift::QUICK || case.dtype != Dtype::F32 || place() == Place::Start {
         return Ok(None);
     }
     let runner = drift::Runner { variant: *variant, state: drift::Store::F32, step: drift::STEP, tokens: drift::QUICK };
@@ -1418,6 +1472,14 @@ fn drift(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
 /// Rows of q and k that are one row, by strides of 0, are as good as copies of it: also in sequences of other lengths,
 /// which then start at the same address.
 fn repeated(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
+    match case.dtype {
+        Dtype::F32 => repeated_typed::<f32>(variant, case, seed),
+        Dtype::BF16 => repeated_typed::<bf16>(variant, case, seed),
+        Dtype::F16 => repeated_typed::<f16>(variant, case, seed),
+    }
+}
+
+fn repeated_typed<E: Value>(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
     let lengths = [case.t, 0, case.t / 2 + 1, 35];
     let t: usize = lengths.iter().sum();
     let (hk, hv, kd, vd) = (case.hk, case.hv, case.k, case.v);
@@ -1430,14 +1492,14 @@ fn repeated(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
         Some(*end)
     }));
     let rng = &mut rng(seed);
-    let unit: [Vec<f32>; 2] = [0, 1].map(|_| unit_vector(rng, kd).into_iter().map(|x| x as f32).collect());
+    let unit: [Vec<E>; 2] = [0, 1].map(|_| unit_vector(rng, kd).into_iter().map(|x| E::nearest(x as f32)).collect());
     let [q, k] = unit;
     let mut draw =
         |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(low..high)).collect() };
-    let (v, g, beta) = (draw(t * hv * vd, -1.0, 1.0), draw(t * hv, -0.5, 0.0), draw(t * hv, 0.0, 1.0));
+    let (v, g, beta) = (narrow::<E>(&draw(t * hv * vd, -1.0, 1.0)), draw(t * hv, -0.5, 0.0), draw(t * hv, 0.0, 1.0));
     let state = draw(lengths.len() * hv * vd * kd, -1.0, 1.0);
-    let run = |q: &[f32], k: &[f32], strides: [usize; 4]| -> Result<(Vec<f32>, Vec<f32>), Failure> {
-        let (mut o, mut state) = (vec![f32::NAN; t * hv * vd], state.clone());
+    let run = |q: &[E], k: &[E], strides: [usize; 4]| -> Result<(Vec<f32>, Vec<f32>), Failure> {
+        let (mut o, mut state) = (vec![E::POISON; t * hv * vd], state.clone());
         let args = gated_delta::Args {
             o: ViewMut::new(&mut o, [1, t, hv, vd])?,
             snapshots: None,
@@ -1456,7 +1518,7 @@ fn repeated(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
             scale: 0.5,
         };
         gated_delta::run(args, &exec(variant))?;
-        Ok((o, state))
+        Ok((o.into_iter().map(Value::wide).collect(), state))
     };
     let (want_o, want_state) = run(&q.repeat(t * hk), &k.repeat(t * hk), [t * hk * kd, hk * kd, kd, 1])?;
     let (o, state) = run(&q, &k, [0, 0, 0, 1])?;
@@ -1478,6 +1540,7 @@ fn far_slots(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outc
         snapshots: false,
         rows: Rows::Dense,
         layout: Layout::Packed,
+        dtype: Dtype::F32,
         ..case.clone()
     };
     let inputs = Inputs::generate(&case, seed);
@@ -1528,6 +1591,7 @@ impl Suite for GatedDelta {
 
     fn grid() -> Vec<Case> {
         let dims = [(1, 1), (4, 16), (16, 4), (32, 32), (64, 32), (16, 64), (1, 32), (32, 1), (128, 16)];
+        let dtypes = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 1].map(|i| Dtype::ALL[i]);
         let mut grid = Vec::new();
         for (i, t) in [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129].into_iter().enumerate() {
             for j in 0..4 {
@@ -1549,6 +1613,7 @@ impl Suite for GatedDelta {
                     rows: Rows::ALL[n / 3 % 2],
                     layout: Layout::ALL[n / 5 % 2],
                     regime: Regime::ALL[n % 7 % 3],
+                    dtype: dtypes[n % dtypes.len()],
                 });
             }
         }
@@ -1568,9 +1633,11 @@ impl Suite for GatedDelta {
             rows: Rows::Dense,
             layout: Layout::Packed,
             regime: Regime::Harsh,
+            dtype: Dtype::F32,
         };
         // The model's head size; long memory; a drift of 4,096 tokens; sizes of 0.
         grid.push(base.clone());
+        grid.push(Case { dtype: Dtype::BF16, regime: Regime::Mild, ..base.clone() });
         grid.push(Case { t: 65, gate: GateKind::Channel, regime: Regime::Parallel, l2norm: false, ..base.clone() });
         grid.push(Case { t: 4096, k: 32, v: 16, hv: 1, regime: Regime::Parallel, ..base.clone() });
         grid.push(Case { t: 4096, hk: 2, hv: 6, k: 16, v: 8, ..base.clone() });
@@ -1590,12 +1657,26 @@ impl Suite for GatedDelta {
             prop::sample::select(Rows::ALL),
             prop::sample::select(Layout::ALL),
             prop::sample::select(Regime::ALL),
+            // As dear as each other: f32 as often as both others.
+            prop::sample::select(&[Dtype::F32, Dtype::F32, Dtype::BF16, Dtype::F16][..]),
         );
         (shape, kinds, any::<bool>(), any::<bool>(), any::<bool>())
-            .prop_map(|((b, t, hk, r, k, v), (gate, heads, state, rows, layout, regime), l2norm, slots, snapshots)| {
-                Case { b, t, hk, hv: hk * r, k, v, gate, heads, l2norm, state, slots, snapshots, rows, layout, regime }
+            .prop_map(|((b, t, hk, r, k, v), kinds, l2norm, slots, snapshots)| {
+                let ((gate, heads, state, rows, layout, regime, dtype), hv) = (kinds, hk * r);
+                Case { b, t, hk, hv, k, v, gate, heads, l2norm, state, slots, snapshots, rows, layout, regime, dtype }
             })
             .boxed()
+    }
+
+    /// Types of 16 bits, which CUDA kernels alone must take.
+    fn refusal(variant: &Variant<gated_delta::Op>, case: &Case) -> Option<(&'static str, Case)> {
+        let what = match case.dtype {
+            Dtype::F32 => return None,
+            Dtype::BF16 => "dtype bf16",
+            Dtype::F16 => "dtype f16",
+        };
+        let refused = !variant.name().contains("cuda") && !takes(variant, case.dtype);
+        refused.then(|| (what, Case { dtype: Dtype::F32, ..case.clone() }))
     }
 
     fn checks() -> Vec<Check<Self>> {
@@ -1660,6 +1741,7 @@ impl Timed {
             rows: Rows::Dense,
             layout: Layout::Packed,
             regime: Regime::Mild,
+            dtype: Dtype::F32,
         };
         let inputs = Inputs::generate(&case, 1);
         Timed { o: vec![0.0; case.tokens() * hv * d], pool: inputs.state.clone(), case, inputs }

@@ -10,6 +10,7 @@ use qwen3next_verify::compare::Metrics;
 use qwen3next_verify::plugin::Plugin;
 use qwen3next_verify::suite::{Distribution, Entry, Options, Row, Verdict};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
@@ -35,6 +36,7 @@ struct Sent {
     variant: String,
     isa: String,
     passed: usize,
+    not_taken: BTreeMap<String, usize>,
     metrics: Metrics,
     distribution: Distribution,
     verdict: Verdict,
@@ -77,6 +79,7 @@ pub fn verify_here(entry: &Entry, options: &Options, plugin: &Plugin) {
                     variant: r.variant.into(),
                     isa: r.isa.name().into(),
                     passed: r.passed,
+                    not_taken: r.not_taken,
                     metrics: r.metrics,
                     distribution: r.distribution,
                     verdict: r.verdict,
@@ -178,6 +181,7 @@ pub fn verify(entry: &Entry, options: &Options, plugins: &[Plugin], limit: Durat
                 isa: Isa::from_name(isa).unwrap_or(Isa::SCALAR),
                 check,
                 passed: 0,
+                not_taken: BTreeMap::new(),
                 metrics: Metrics::default(),
                 distribution: Distribution::default(),
                 verdict,
@@ -186,6 +190,7 @@ pub fn verify(entry: &Entry, options: &Options, plugins: &[Plugin], limit: Durat
                 (Some(Line::Refused(why)), _) => bail!("{why}"),
                 (Some(Line::Rows(sent)), _) => rows.extend(sent.iter().map(|s| Row {
                     passed: s.passed,
+                    not_taken: s.not_taken.clone(),
                     metrics: s.metrics,
                     distribution: s.distribution.clone(),
                     ..row(&s.variant, &s.isa, s.verdict.clone())

@@ -5,7 +5,7 @@ use crate::Done;
 use anyhow::{bail, Context};
 use qwen3next_kernels::Isa;
 use qwen3next_verify::plugin::Plugin;
-use qwen3next_verify::suite::{Entry, Options, Row, Verdict};
+use qwen3next_verify::suite::{not_taken, Entry, Options, Row, Verdict};
 use qwen3next_verify::{cases, report};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -184,6 +184,7 @@ fn no_gpu(op: &'static str, why: &str) -> Row {
         isa: Isa::SCALAR,
         check: "all",
         passed: 0,
+        not_taken: Default::default(),
         metrics: Default::default(),
         distribution: Default::default(),
         verdict: Verdict::Skipped(why.into()),
@@ -271,7 +272,7 @@ pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
             .unwrap_or_else(|| "passed".into());
         writeln!(
             out,
-            "{:<16} {:<20} {:>7} {:>7} {:>12.1e} {:>12.1e} {:>9.3}  {verdict}",
+            "{:<16} {:<20} {:>7} {:>7} {:>12.1e} {:>12.1e} {:>9.3}  {verdict}{}",
             group[0].op,
             group[0].variant,
             group.len(),
@@ -279,6 +280,7 @@ pub fn print(rows: &[Row], out: &mut impl Write) -> anyhow::Result<()> {
             metrics.row_l2,
             metrics.max_over_rms,
             metrics.bound_multiple,
+            not_taken(group),
         )?;
     }
     for row in rows {

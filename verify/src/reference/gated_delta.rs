@@ -3,6 +3,7 @@
 
 use crate::compare::{gamma, U32};
 use ndarray::{s, Array1, Array2, Axis};
+use std::ops::Range;
 
 /// One sequence of one value head.
 #[derive(Debug, Clone)]
@@ -118,6 +119,39 @@ impl Head {
     }
 }
 
+crate::choice! {
+    /// Type of q, k, v and o.
+    pub enum Dtype {
+        /// 32-bit floats.
+        F32 = "f32",
+        /// bfloat16.
+        BF16 = "bf16",
+        /// IEEE half.
+        F16 = "f16",
+    }
+}
+
+impl Dtype {
+    /// The nearest value of the type.
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Dtype::F32 => x,
+            Dtype::BF16 => half::bf16::from_f32(x).to_f32(),
+            Dtype::F16 => half::f16::from_f32(x).to_f32(),
+        }
+    }
+
+    /// How far an f32 is from the nearest value of the type: as a part of it (half a unit in the last of 8 or 11 places),
+    /// and half of the smallest number.
+    fn rounding(self) -> (f64, f64) {
+        match self {
+            Dtype::F32 => (0.0, 0.0),
+            Dtype::BF16 => (2f64.powi(-8), 2f64.powi(-134)),
+            Dtype::F16 => (2f64.powi(-11), 2f64.powi(-25)),
+        }
+    }
+}
+
 /// How a kernel computes, as far as its rounding errors depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
@@ -125,6 +159,8 @@ pub enum Form {
     Recurrent,
     /// Chunks of so many tokens, (I + A) solved for u itself.
     Chunked(usize),
+    /// The same on CUDA tensor cores: of bf16 inputs every product is one of bf16, f32 factors in two parts.
+    TensorCores(usize),
     /// Chunks of so many tokens, (I + A) solved for U and W.
     Split(usize),
 }
@@ -135,9 +171,18 @@ impl Form {
         let digits: String =
             variant.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
         match variant.split(|c: char| !c.is_ascii_alphabetic()).next() {
+            Some("chunked" | "segmented") if variant.contains("cuda") => Form::TensorCores(digits.parse().unwrap_or(64)),
             Some("chunked") => Form::Chunked(digits.parse().unwrap_or(64)),
             Some("unfused") => Form::Split(64),
             _ => Form::Recurrent,
+        }
+    }
+
+    /// Tokens from one edge of a chunk to the next: calls may be cut there without a change of bits.
+    pub fn chunk(self) -> usize {
+        match self {
+            Form::Recurrent => 1,
+            Form::Chunked(n) | Form::TensorCores(n) | Form::Split(n) => n,
         }
     }
 }
@@ -156,6 +201,17 @@ pub struct Bounds {
 /// Relative error of exp(g) in a kernel: two ulp.
 pub const EXP: f64 = 4.0 * U32;
 
+/// What two bf16, the nearest to a number x and the nearest to the rest, leave out of it. For x in 1 .. 2 the rest is 2⁻⁸
+/// at most, so the second one's last place is 2⁻¹⁶ at most, and half of it 2⁻¹⁷.
+const SPLIT: f64 = 1.0 / (1u64 << 17) as f64;
+
+/// What a product of two such pairs leaves out, in units of [`SPLIT`]: one for each pair, and the product of the rests,
+/// 2⁻⁸ by 2⁻⁸, which is not formed.
+const BOTH: f64 = 4.0;
+
+/// Tokens of a diagonal block of A, whose inverse is a factor on tensor cores.
+const BLOCK: usize = 16;
+
 /// What an f32 kernel of this form may be off, to first order. With E the error of a state row before a token, x its
 /// decayed value and δ the errors of single operations, the error after the token is
 ///
@@ -165,11 +221,19 @@ pub const EXP: f64 = 4.0 * U32;
 /// taken from the float64 matrices, δu ≤ |(I + A)⁻¹| (δr + (δA + γ|A|)|u|) for its solve; the split into U and W puts
 /// |U| + |W||S| in the place of |u|, which is larger where U and W S cancel. Decays are products of rounded exp(g), so
 /// a decay over d tokens is off by d (EXP + u). Chunks start anew at `restart`, where a call was split.
-pub fn bounds(head: &Head, trace: &Trace, form: Form, restart: usize) -> Bounds {
+///
+/// On tensor cores with inputs of bf16, keys and queries are factors as they are, but S, u, A and P are two bf16: σ
+/// ([`SPLIT`]) of |S||k|, |S||q| and |u||k|, 4 σ of |A||u| and |P||u| ([`BOTH`]) are left out. In a diagonal block D of A
+/// u is found as w + ((I + D)⁻¹ − I) w, w = (I + D) u: 4 σ of that product's terms, an error e of the block's u itself,
+/// which later tokens see as they see u, through (I + A)⁻¹ (I + D) e.
+///
+/// Last, o is rounded to `dtype`.
+pub fn bounds(head: &Head, trace: &Trace, form: Form, dtype: Dtype, restart: usize) -> Bounds {
     let (tokens, channels) = head.v.dim();
-    let size = match form {
-        Form::Recurrent => 1,
-        Form::Chunked(n) | Form::Split(n) => n,
+    let size = form.chunk();
+    let split = match (form, dtype) {
+        (Form::TensorCores(_), Dtype::BF16) => SPLIT,
+        _ => 0.0,
     };
     let mut b = Bounds {
         o: Array2::zeros((tokens, channels)),
@@ -182,7 +246,7 @@ pub fn bounds(head: &Head, trace: &Trace, form: Form, restart: usize) -> Bounds 
         let end = if t < restart { (t + size).min(restart) } else { t + size }.min(tokens);
         match form {
             Form::Recurrent => token_bounds(head, trace, &common, t, &mut b),
-            _ => chunk_bounds(head, trace, &common, form, t, end, &mut b),
+            _ => chunk_bounds(head, trace, &common, (form, split), t..end, &mut b),
         }
         t = end;
     }
@@ -190,6 +254,8 @@ pub fn bounds(head: &Head, trace: &Trace, form: Form, restart: usize) -> Bounds 
     b.o *= 1.001;
     b.snapshots *= 1.001;
     b.state *= 1.001;
+    let (unit, smallest) = dtype.rounding();
+    b.o.zip_mut_with(&trace.o, |bound, o| *bound += unit * (o.abs() + *bound) + smallest);
     b
 }
 
@@ -271,7 +337,20 @@ fn inverse(a: &Array2<f64>) -> Array2<f64> {
     x
 }
 
-fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t1: usize, b: &mut Bounds) {
+/// With its diagonal blocks alone.
+fn diagonal_blocks(a: &Array2<f64>) -> Array2<f64> {
+    Array2::from_shape_fn(a.dim(), |(i, j)| if i / BLOCK == j / BLOCK { a[[i, j]] } else { 0.0 })
+}
+
+/// `split`: what the parts of an f32 factor leave out of it.
+fn chunk_bounds(
+    head: &Head,
+    trace: &Trace,
+    c: &Common,
+    (form, split): (Form, f64),
+    Range { start: t0, end: t1 }: Range<usize>,
+    b: &mut Bounds,
+) {
     let (n, channels) = (t1 - t0, head.v.ncols());
     let keys = head.k.ncols();
     let step = EXP + U32;
@@ -284,7 +363,7 @@ fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t
 
     // A, P and the sums of absolute values behind them, with their errors; the keys decayed to the end.
     let (mut a, mut a_abs, mut a_error) = (Array2::zeros((n, n)), Array2::zeros((n, n)), Array2::zeros((n, n)));
-    let (mut p_abs, mut p_error) = (Array2::zeros((n, n)), Array2::zeros((n, n)));
+    let (mut p, mut p_abs, mut p_error) = (Array2::zeros((n, n)), Array2::zeros((n, n)), Array2::zeros((n, n)));
     let mut decayed = k.to_owned();
     for i in 0..n {
         for j in 0..=i {
@@ -292,11 +371,12 @@ fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t
                 let mut key = decayed.row_mut(j);
                 key *= &c.decay.row(t0 + i);
             }
-            let (mut kk, mut kk_abs, mut qk_abs) = (0.0, 0.0, 0.0);
+            let (mut kk, mut kk_abs, mut qk, mut qk_abs) = (0.0, 0.0, 0.0, 0.0);
             for l in 0..keys {
                 let key = decayed[[j, l]];
                 kk += k[[i, l]] * key;
                 kk_abs += (k[[i, l]] * key).abs();
+                qk += q[[i, l]] * key;
                 qk_abs += (q[[i, l]] * key).abs();
             }
             let off = gamma(keys + 4) + (i - j) as f64 * step;
@@ -305,6 +385,7 @@ fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t
                 a_abs[[i, j]] = beta[i] * kk_abs;
                 a_error[[i, j]] = beta[i] * ((off + 2.0 * c.key) * kk_abs + c.tiny);
             }
+            p[[i, j]] = qk;
             p_abs[[i, j]] = qk_abs;
             p_error[[i, j]] = (off + c.key + c.query) * qk_abs + c.tiny;
         }
@@ -328,10 +409,10 @@ fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t
     for i in 0..n {
         let off = gamma(keys + n + 8) + c.key + (i + 1) as f64 * step;
         for j in 0..channels {
-            right[[i, j]] = beta[i] * (off * (v[[i, j]] + k_state[[i, j]]) + c.tiny);
+            right[[i, j]] = beta[i] * (off * (v[[i, j]] + k_state[[i, j]]) + split * k_state[[i, j]] + c.tiny);
         }
     }
-    let system_error = &a_error + &(&a_abs * gamma(n + 4));
+    let mut system_error = &a_error + &(&a_abs * gamma(n + 4));
     let u_error = match form {
         Form::Split(_) => {
             let beta = head.beta.slice(s![t0..t1]).insert_axis(Axis(1));
@@ -340,17 +421,27 @@ fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t
             let parts = big_u + big_w;
             inv_abs.dot(&(right + system_error.dot(&parts))) + parts * gamma(keys + 4)
         }
+        Form::TensorCores(_) if split > 0.0 => {
+            let inside = diagonal_blocks(&a);
+            system_error += &((&a - &inside).mapv(f64::abs) * (BOTH * split));
+            let inside = inside + Array2::<f64>::eye(n);
+            let w = inside.dot(&trace.u.slice(s![t0..t1, ..])).mapv(f64::abs);
+            let block_inverse = (diagonal_blocks(&inv) - Array2::<f64>::eye(n)).mapv(f64::abs);
+            let own = block_inverse.dot(&w) * (BOTH * split);
+            inv_abs.dot(&(right + system_error.dot(&u))) + inv.dot(&inside).mapv(f64::abs).dot(&own)
+        }
         _ => inv_abs.dot(&(right + system_error.dot(&u))),
     };
 
     // The outputs.
-    let p_u = (&p_error + &(&p_abs * gamma(keys + n + 8))).dot(&u) + p_abs.dot(&u_error);
+    p_error += &(&p_abs * gamma(keys + n + 8) + p.mapv(f64::abs) * (BOTH * split));
+    let p_u = p_error.dot(&u) + p_abs.dot(&u_error);
     let (mut carried, mut replayed) = (b.state.clone(), Array1::<f64>::zeros(channels));
     for i in 0..n {
         let (t, k_norm, q_norm) = (t0 + i, norm(k.row(i)), norm(q.row(i)));
         carried *= growth(head, c, t);
         let decay = c.decay.row(t).iter().fold(0.0f64, |m, &e| m.max(e));
-        let off = gamma(keys + n + 8) + c.query + (i + 1) as f64 * step;
+        let off = gamma(keys + n + 8) + c.query + (i + 1) as f64 * step + split;
         for j in 0..channels {
             b.o[[t, j]] = q_norm * carried[j] + off * q_state[[i, j]] + p_u[[i, j]] + c.tiny * (1.0 + u[[i, j]]);
             let x = norm(&(&trace.states[t].row(j) * &c.decay.row(t)));
@@ -365,7 +456,7 @@ fn chunk_bounds(head: &Head, trace: &Trace, c: &Common, form: Form, t0: usize, t
         let mut error = carried[j] + (n as f64 * step + gamma(n + 2)) * kept + c.tiny * (1.0 + kept);
         for i in 0..n {
             let key = norm(decayed.row(i));
-            let off = gamma(n + 4) + c.key + (n - 1 - i) as f64 * step;
+            let off = gamma(n + 4) + c.key + (n - 1 - i) as f64 * step + split;
             error += key * (off * u[[i, j]] + u_error[[i, j]]) + c.tiny * u[[i, j]];
         }
         b.state[j] = error;
@@ -409,6 +500,7 @@ mod tests {
     fn forms_come_from_variant_names() {
         assert_eq!(Form::of("recurrent_avx512"), Form::Recurrent);
         assert_eq!(Form::of("chunked128_scalar"), Form::Chunked(128));
+        assert_eq!(Form::of("chunked64_cuda_host"), Form::TensorCores(64));
         assert_eq!(Form::of("unfused_scalar"), Form::Split(64));
     }
 }

@@ -240,13 +240,15 @@ pub(crate) fn gated_delta(op: &GatedDelta, q: Operand, k: Operand, v: Operand) -
         return Err(Error::Msg("state: is not contiguous".into()));
     }
     both = call.alloc::<f32>(outputs.saturating_add(states))?;
-    raw.o = call.written(&mut both);
+    let o = call.written(&mut both);
     raw = ffi::q3n_gated_delta_args {
         struct_bytes: size_of_val(&raw) as u64,
-        state_out: raw.o.wrapping_add(outputs),
-        q: q.at,
-        k: k.at,
-        v: v.at,
+        o: o.cast(),
+        state_out: o.wrapping_add(outputs),
+        q: q.at.cast(),
+        k: k.at.cast(),
+        v: v.at.cast(),
+        dtype: ffi::Q3N_F32,
         beta: beta.at,
         state_in: Array::or_null(&state),
         head_map: match op.head_map {

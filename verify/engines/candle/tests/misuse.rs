@@ -71,10 +71,10 @@ fn the_interface_below_refuses_too() {
     let at = x.as_mut_ptr();
     let good = || ffi::q3n_gated_delta_args {
         struct_bytes: size_of::<ffi::q3n_gated_delta_args>() as u64,
-        o: at,
-        q: at.wrapping_add(8),
-        k: at.wrapping_add(16),
-        v: at.wrapping_add(24),
+        o: at.cast(),
+        q: at.wrapping_add(8).cast(),
+        k: at.wrapping_add(16).cast(),
+        v: at.wrapping_add(24).cast(),
         beta: at.wrapping_add(32),
         slots: 1,
         B: 1,
@@ -101,10 +101,14 @@ fn the_interface_below_refuses_too() {
     };
     let args = ffi::q3n_gated_delta_args { struct_bytes: 8, ..good() };
     assert_eq!(text(&args, None), "struct_bytes: not the struct size of this library version");
-    let args = ffi::q3n_gated_delta_args { v: at.wrapping_add(2), ..good() };
+    let args = ffi::q3n_gated_delta_args { v: at.wrapping_add(2).cast(), ..good() };
     assert_eq!(text(&args, None), "o: overlaps an argument it must not overlap");
     let args = ffi::q3n_gated_delta_args { q_t: -1, ..good() };
     assert_eq!(text(&args, None), "q: stride is negative or lets elements of an output overlap");
+    for dtype in [ffi::Q3N_BF16, ffi::Q3N_Q8_0, 999] {
+        let args = ffi::q3n_gated_delta_args { dtype, ..good() };
+        assert_eq!(text(&args, Some("recurrent_scalar")), "dtype: dtype not supported by this operator");
+    }
     let scratch = "scratch: scratch is NULL, too small or not 64-byte aligned";
     assert_eq!(text(&good(), Some("chunked64_scalar")), scratch);
     // SAFETY: a valid struct.

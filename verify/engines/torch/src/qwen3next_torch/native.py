@@ -14,7 +14,7 @@ _SUFFIX = {"darwin": ".dylib"}.get(sys.platform, ".so")
 _LIBRARY = ctypes.CDLL(str(_FOLDER / f"libq3n{_SUFFIX}"))
 _RANGES = ctypes.CDLL(str(_FOLDER / "libq3n_ranges.so")).q3n_ranges
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _POINTER, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -29,7 +29,7 @@ class GatedDeltaArgs(ctypes.Structure):
         """
         struct_bytes: u64
         o state_out snapshots q k v g beta state_in slot_in slot_out cu_seqlens: pointer
-        gate head_map qk_l2norm: i32
+        dtype gate head_map qk_l2norm: i32
         qk_l2norm_eps scale: f32
         o_b o_t o_h q_b q_t q_h k_b k_t k_h v_b v_t v_h g_b g_t g_h beta_b beta_t beta_h: i64
         state_slot state_h state_v snap_b snap_t snap_h snap_v slots B T HK HV K V: i64
@@ -165,6 +165,11 @@ def executor():
         yield
     finally:
         _executing = False
+
+
+def executing():
+    """Within executor()."""
+    return _executing
 
 
 def guard(device):

@@ -20,6 +20,8 @@ from .native import CausalConvArgs, GatedDeltaArgs, NormArgs, run
 
 _KINDS = {"rms": 0, "rms_plus1": 1, "rms_gated": 2, "l2": 3}
 _DEVICES = ("cpu", "cuda")
+# Types of q, k, v and o in CUDA kernels, as csrc/base/dtype.h numbers them.
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 
 
 def _require(condition, op, text):
@@ -121,7 +123,11 @@ def gated_delta_out(
     _shape(op, "v", v, b, t, hv, vv)
     _shape(op, "beta", beta, b, t, hv)
     _shape(op, "o", o, b, t, hv, vv)
-    _set(op, args, device, "bthx", q=q, k=k, v=v, o=o)
+    kernels = device.type == "cuda" or native.executing()
+    taken = tuple(_DTYPES) if kernels else (torch.float32,)
+    _require(q.dtype in taken, op, f"q: {q.dtype}, expected {' or '.join(map(str, taken))}")
+    args.dtype = _DTYPES[q.dtype]
+    _set(op, args, device, "bthx", q.dtype, q=q, k=k, v=v, o=o)
     _set(op, args, device, "bth", beta=beta)
     if g is not None:
         args.gate = 2 if g.dim() == 4 else 1
@@ -137,7 +143,8 @@ def gated_delta(
     qk_l2norm: bool = False, qk_l2norm_eps: float = 1e-6, cu_seqlens: Optional[Tensor] = None, variant: str = "",
     cu_seqlens_host: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:  # fmt: skip
-    """The gated delta rule: o [B, T, HV, V] and the state [N, HV, V, K] after the last token.
+    """The gated delta rule: o [B, T, HV, V] and the state [N, HV, V, K] after the last token. On a GPU q, k and v, all
+    three, may be bfloat16 or float16, and o is of their type; all else is float32.
 
     q, k [B, T, HK, K]; v [B, T, HV, V]; g log-decay [B, T, HV], [B, T, HV, K] or None; beta [B, T, HV] after the sigmoid;
     state [N, HV, V, K] or None for zeros. cu_seqlens int64 [N + 1] packs N sequences into one row (B = 1). Value head h
@@ -154,7 +161,7 @@ def gated_delta(
 def _gated_delta_like(q, v, state, cu_seqlens):
     _require(q.dim() == 4 and v.dim() == 4, "gated_delta", "q, v: expected [B, T, heads, channels]")
     n = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_empty(v.shape), q.new_empty((n, v.shape[2], v.shape[3], q.shape[3]))
+    return v.new_empty(v.shape), q.new_empty((n, v.shape[2], v.shape[3], q.shape[3]), dtype=torch.float32)
 
 
 @gated_delta.register_fake
