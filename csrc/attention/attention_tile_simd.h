@@ -23,7 +23,7 @@ enum {
   PANEL = 2 * LANES,            /* keys or channels */
   KEYS = 64,
   FEW = 8,                      /* rows of a tile that is read where it lies */
-  NEAR = LANES == 16 ? 64 : 16, /* rows up to which panels do not pay, of q8_0 half as many: its conversion costs most */
+  NEAR = LANES == 16 ? 64 : 16, /* rows up to which panels do not pay; of q8_0, dear to convert, half */
   MEMORY = 64,                  /* rows of several items together that there is memory for */
   WIDE = LANES / FEW,           /* vectors of channels that their sums leave registers for */
   MERGED = 8                    /* vectors of channels of a merge */
