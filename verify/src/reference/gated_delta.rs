@@ -161,6 +161,8 @@ pub enum Form {
     Chunked(usize),
     /// The same on CUDA tensor cores: of bf16 inputs every product is one of bf16, f32 factors in two parts.
     TensorCores(usize),
+    /// Token by token or on tensor cores, as a launcher chooses by the sizes of a call.
+    Either(usize),
     /// Chunks of so many tokens, (I + A) solved for U and W.
     Split(usize),
 }
@@ -174,6 +176,7 @@ impl Form {
             Some("chunked") if variant.contains("cuda") => Form::TensorCores(digits.parse().unwrap_or(64)),
             Some("chunked") => Form::Chunked(digits.parse().unwrap_or(64)),
             Some("unfused") => Form::Split(64),
+            Some("cuda") => Form::Either(64),
             _ => Form::Recurrent,
         }
     }
@@ -182,8 +185,14 @@ impl Form {
     pub fn chunk(self) -> usize {
         match self {
             Form::Recurrent => 1,
-            Form::Chunked(n) | Form::TensorCores(n) | Form::Split(n) => n,
+            Form::Chunked(n) | Form::TensorCores(n) | Form::Split(n) | Form::Either(n) => n,
         }
+    }
+
+    /// Whether calls that are cut at the edge of a chunk, or a sequence without its neighbours, give the same bits: not
+    /// where the other sizes may choose another form.
+    pub fn is_fixed(self) -> bool {
+        !matches!(self, Form::Either(_))
     }
 }
 
@@ -230,6 +239,11 @@ const BLOCK: usize = 16;
 /// Last, o is rounded to `dtype`.
 pub fn bounds(head: &Head, trace: &Trace, form: Form, dtype: Dtype, restart: usize) -> Bounds {
     let (tokens, channels) = head.v.dim();
+    if let Form::Either(n) = form {
+        // Errors of the one carried into the other only add.
+        let [a, b] = [Form::Recurrent, Form::TensorCores(n)].map(|form| bounds(head, trace, form, dtype, restart));
+        return Bounds { o: a.o + b.o, snapshots: a.snapshots + b.snapshots, state: a.state + b.state };
+    }
     let size = form.chunk();
     let split = match (form, dtype) {
         (Form::TensorCores(_), Dtype::BF16) => SPLIT,
@@ -502,5 +516,33 @@ mod tests {
         assert_eq!(Form::of("chunked128_scalar"), Form::Chunked(128));
         assert_eq!(Form::of("chunked64_cuda_host"), Form::TensorCores(64));
         assert_eq!(Form::of("unfused_scalar"), Form::Split(64));
+        assert_eq!(Form::of("recurrent_cuda"), Form::Recurrent);
+        assert_eq!(Form::of("cuda"), Form::Either(64));
+    }
+
+    #[test]
+    fn types_and_their_parts_round_as_the_bounds_say() {
+        let mut rng = rng(5);
+        let numbers: Vec<f32> =
+            (0..40_000).map(|_| rng.random_range(1.0f32..2.0)).chain([1.00390625, 1.0019531]).collect();
+        for dtype in Dtype::ALL {
+            let (unit, smallest) = dtype.rounding();
+            let off = |x: f32| f64::from((x - dtype.round(x)).abs()) / f64::from(x);
+            let worst = numbers.iter().map(|&x| off(x)).fold(0.0, f64::max);
+            assert!(worst <= unit && worst >= 0.99 * unit, "{dtype}: {worst:e}, unit {unit:e}");
+            // Halfway to the smallest number, and a little more.
+            assert!(unit == 0.0 || dtype.round(smallest as f32) == 0.0 && dtype.round(1.01 * smallest as f32) > 0.0);
+        }
+        let parts = |x: f32| [Dtype::BF16.round(x), Dtype::BF16.round(x - Dtype::BF16.round(x))].map(f64::from);
+        let left_out = |x: f32| (f64::from(x) - parts(x).iter().sum::<f64>()).abs() / f64::from(x);
+        let worst = numbers.iter().map(|&x| left_out(x)).fold(0.0, f64::max);
+        assert!(worst <= SPLIT && worst > 0.9 * SPLIT, "{worst:e}");
+        let pairs = numbers.iter().zip(numbers.iter().rev()).chain([(&1.00390625, &1.00390625)]);
+        let worst = pairs.map(|(&x, &y)| {
+            let ([a, b], [c, d]) = (parts(x), parts(y));
+            (f64::from(x) * f64::from(y) - (a * c + a * d + b * c)).abs() / f64::from(x * y)
+        });
+        let worst = worst.fold(0.0, f64::max);
+        assert!(worst <= BOTH * SPLIT && worst > 0.4 * BOTH * SPLIT, "{worst:e}");
     }
 }
