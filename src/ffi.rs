@@ -1279,6 +1279,36 @@ unsafe extern "C" {
     ) -> q3n_status;
 }
 unsafe extern "C" {
+    pub fn q3n_gated_delta_segmented_cuda(
+        args: *const q3n_gated_delta_args,
+        scratch: *mut ::core::ffi::c_void,
+        stream: q3n_stream,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_segmented_cuda_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_segmented_cuda_host_items(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_segmented_cuda_host_scratch_bytes(
+        args: *const q3n_gated_delta_args,
+    ) -> i64;
+}
+unsafe extern "C" {
+    pub fn q3n_gated_delta_segmented_cuda_host(
+        args: *const q3n_gated_delta_args,
+        begin: i64,
+        end: i64,
+        scratch: *mut ::core::ffi::c_void,
+    ) -> q3n_status;
+}
+unsafe extern "C" {
     pub fn q3n_gated_delta_cuda(
         args: *const q3n_gated_delta_args,
         scratch: *mut ::core::ffi::c_void,

@@ -28,6 +28,14 @@ operator!(
         q3n_gated_delta_chunked_cuda_host_scratch_bytes
     ],
     [
+        "segmented64_cuda",
+        q3n_gated_delta_segmented_cuda,
+        q3n_gated_delta_segmented_cuda_scratch_bytes,
+        q3n_gated_delta_segmented_cuda_host_items,
+        q3n_gated_delta_segmented_cuda_host,
+        q3n_gated_delta_segmented_cuda_host_scratch_bytes
+    ],
+    [
         "recurrent_cuda",
         q3n_gated_delta_recurrent_cuda,
         q3n_gated_delta_recurrent_cuda_scratch_bytes,

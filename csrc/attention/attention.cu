@@ -19,12 +19,6 @@ extern "C" {
 #include "attention.h"
 }
 
-#if defined(__CUDACC__)
-#define Q3N_ROLL _Pragma("unroll 1")
-#else
-#define Q3N_ROLL
-#endif
-
 namespace {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, KEYS = 64, SEGMENT = 256;

@@ -17,8 +17,10 @@ extern "C" {
 
 #if defined(__CUDACC__)
 #define Q3N_UNROLL _Pragma("unroll")
+#define Q3N_ROLL _Pragma("unroll 1")
 #else
 #define Q3N_UNROLL
+#define Q3N_ROLL
 #endif
 
 /* Q3N_SHARED(T, name, count): a shared array of the block.

@@ -59,6 +59,16 @@ static __device__ __forceinline__ void q3n_mma_tf32(float (&d)[4], const uint32_
                  "f"(c[3]));
 }
 
+/* Four 8 x 8 matrices of 16-bit values, whose rows lie where lanes 8 i .. 8 i + 8 point to: y[i] has rows 2 member and
+   2 member + 1 of column group. */
+static __device__ __forceinline__ void q3n_load_transposed(uint32_t (&y)[4], const uint32_t *row) {
+  const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
+               : "r"(at)
+               : "memory");
+}
+
 /* Two values rounded to nearest, `low` in the lower half. */
 static __device__ __forceinline__ uint32_t q3n_pack_bf16(float low, float high) {
   uint32_t packed;
@@ -188,6 +198,18 @@ static inline void q3n_mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_
 }
 static inline void q3n_mma_s8(int (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], const int (&c)[4], Q3N_AT) {
   q3n_host::mma_s8<1>(d, a, b, c, {file, line});
+}
+static inline void q3n_load_transposed(uint32_t (&y)[4], q3n_shared<uint32_t> row, Q3N_AT) {
+  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
+  if (row.i % 4 != 0) q3n_host::fail({file, line}, "misaligned: a row of a matrix");
+  for (int i = 0; i < 4; i++) {
+    y[i] = 0;
+    for (int half = 0; half < 2; half++) {
+      const int64_t at = __shfl_sync(0xffffffffu, row.i, 8 * i + 2 * member + half, 32, file, line) + group / 2;
+      q3n_host::on_read(row.a, at, 1, {file, line});
+      y[i] |= (((const uint32_t *)row.a->data)[at] >> group % 2 * 16 & 0xffffu) << half * 16;
+    }
+  }
 }
 static inline uint32_t q3n_pack_bf16(float low, float high) {
   return (uint32_t)q3n_f32_to_bf16(high) << 16 | q3n_f32_to_bf16(low);

@@ -75,6 +75,7 @@ typedef struct q3n_gated_delta_args {
 Q3N_DECLARE_OPERATOR(gated_delta);
 Q3N_DECLARE_CUDA(gated_delta, gated_delta_recurrent);
 Q3N_DECLARE_CUDA(gated_delta, gated_delta_chunked);
-Q3N_DECLARE_CUDA(gated_delta, gated_delta); /* one of the two, by the sizes */
+Q3N_DECLARE_CUDA(gated_delta, gated_delta_segmented);
+Q3N_DECLARE_CUDA(gated_delta, gated_delta); /* one of these, by the sizes */
 
 #endif

@@ -1,536 +1,149 @@
-/* The chunk form for prefill, the equations of gated_delta_chunked_scalar.c on tensor cores: every f32 factor is split
-   into two tf32 numbers, a product of matrices is three. Everything a warp owns lies across its lanes transposed, value
-   channels down and tokens or key channels across: 16 rows of the state stay in its registers over all chunks, as the
-   sums of products; and as columns of sums become columns of a left factor by renaming tokens, u and S go from product
-   to product without a shuffle. A block is up to 8 such warps, which share the chunk's keys and queries, fetched while
-   the chunk before it is worked on, and their products A and P.
+/* The chunk form for prefill, the equations of gated_delta_chunked_scalar.c on tensor cores. A block is up to 8 warps,
+   which share the chunk's keys and queries, fetched while the chunk before it is worked on, and their products A and P.
 
-   A value that is not finite must not meet the zeros above the diagonals. So a warp watches u, block of 16 tokens by
-   block: from the first token on whose u is not finite it takes the rest of the chunk token by token, as it takes
-   fewer than 8 tokens. README.md has the floors. */
-#include "../cuda/reduce.cuh"
-#include "../cuda/tf32.cuh"
-#include "gated_delta_parts.cuh"
+   A single long sequence leaves most of a GPU without work. gated_delta_segmented cuts it: what tokens do to a state is
+   S <- S M + L, for every row of S by itself. A first pass finds the M and L of all inner segments at once, as rows of a
+   state that starts as the identity and is written no values, and as one that starts as zeros; and runs the first
+   segment. In the second pass a block goes from the first segment's end through the M and L before its own segment. */
+#include "gated_delta_chunked_bf16.cuh"
+#include "gated_delta_chunked_f32.cuh"
 
 namespace {
 
-constexpr int C = 64;          /* tokens of a chunk */
-constexpr int BLOCK = 16;      /* of a diagonal block */
-constexpr int ROWS = 16;       /* value channels of a warp */
-constexpr int WARPS = 8;       /* at most */
-constexpr int TAIL = 8;        /* fewer tokens go one by one */
-constexpr unsigned ALL = 0xffffffffu;
-
-/* Decays make factors so small that tf32, which has no more digits there than its exponent leaves, would lose them: A, P,
-   the state and u on its way into the state are multiplied by this. What then overflows is seen, and goes token by
-   token. */
-constexpr float SCALE = 4294967296.0f, UNSCALE = 1.0f / SCALE;
-
-__device__ __forceinline__ bool small(float x) { return fabsf(x) < 3.3e38f; } /* false for NaN */
-
-/* x, in a way that forbids to keep what is made of it: the state's parts would not fit into the registers. */
-__device__ __forceinline__ float anew(float x) {
-#if defined(__CUDACC__)
-  asm volatile("" : "+f"(x));
-#endif
-  return x;
-}
-
-/* What all warps of a block share of a chunk. */
-struct shared_chunk {
-  q3n_shared<float> k, q;          /* [C][KP] as they come */
-  q3n_shared<float> a, p;          /* [C][C] A and P below the diagonal, zeros above; A's diagonal blocks hold
-                                      (I + A)^-1 - I */
-  q3n_shared<float> self;          /* [C] P_ii */
-  q3n_shared<float> decay, beta;   /* [C] exp(g), beta: 1 and 0 past the end */
-  q3n_shared<float> key, query;    /* [C] what a key and a query are to be multiplied by: norms, scale */
-  q3n_shared<float> start, end;    /* [C] decay from the chunk's start, and on to its end */
-  q3n_shared<float> near;          /* [BLOCK][C] decay to so many tokens later in the diagonal block */
-  q3n_shared<double> since, until; /* [C] decay from the start of the diagonal block, and on to its end */
-  q3n_shared<float> gain;          /* [2] decay over the chunk, and what its rounding left over */
-  q3n_shared<int> bad;             /* first row of A that is not finite */
-  q3n_shared<head> at;             /* here rather than in registers, of which there are few */
+/* How sequences are cut, and what this launch does of it. */
+struct plan {
+  enum { WHOLE, TRANSFERS, REST } pass;
+  int segments;   /* at most, of a sequence */
+  float *scratch; /* for every sequence and head: the first segment's end [V][K], the L [V][K], the M [K][K] */
 };
 
-/* q and k of the tokens t0 .. t0 + n, zeros past n and K. f32 comes in the background. */
-template <int KP>
-__device__ __forceinline__ void fetch(const q3n_gated_delta_args &a, const head &at, int64_t t0, int n, bool vectors,
-                                      q3n_shared<float> k, q3n_shared<float> q) {
-  for (int i = (int)threadIdx.x; i < 2 * C * KP / 4; i += (int)blockDim.x) {
-    const int which = i / (C * KP / 4), row = i / (KP / 4) % C, c = i % (KP / 4) * 4;
-    const void *array = which ? at.q : at.k;
-    const int64_t first = (t0 + row) * (which ? a.q_t : a.k_t) + c;
-    const q3n_shared<float> to = (which ? q : k) + q3n_place(row, c / 8, c % 8, KP);
-    if (row < n && c < a.K && vectors && a.dtype == Q3N_F32) {
-      q3n_copy_async16(to, (const float *)array + first);
-    } else if (row < n && c < a.K && vectors) {
-      q3n_store(to, q3n_four(array, first, a.dtype));
+/* Blocks of a head in a launch, of `warps` each. */
+__host__ __device__ __forceinline__ int64_t value_blocks(const q3n_gated_delta_args &a, int64_t warps) {
+  return (tiles_of(a.V) + warps - 1) / warps;
+}
+__host__ __device__ __forceinline__ int64_t transfer_blocks(const q3n_gated_delta_args &a, int64_t warps) {
+  return (tiles_of(a.V) + tiles_of(a.K) + warps - 1) / warps;
+}
+__host__ __device__ __forceinline__ int64_t blocks_of(const q3n_gated_delta_args &a, const plan &p, int64_t warps) {
+  const int64_t values = value_blocks(a, warps), inner = p.segments - 2;
+  return p.pass == plan::WHOLE       ? values
+         : p.pass == plan::TRANSFERS ? values + (inner > 0 ? inner : 0) * transfer_blocks(a, warps)
+                                     : values * (p.segments - 1);
+}
+
+/* Floats of scratch of a sequence and head. */
+__host__ __device__ __forceinline__ int64_t scratch_floats(const q3n_gated_delta_args &a, int segments) {
+  return segments < 2 ? 0 : (segments - 1) * a.V * a.K + (segments - 2) * a.K * a.K;
+}
+
+/* Where state after the first segment, or L, and M of a segment lie. */
+__device__ __forceinline__ float *local_of(const q3n_gated_delta_args &a, const plan &p, int64_t pair, int segment) {
+  return p.scratch + pair * scratch_floats(a, p.segments) + segment * a.V * a.K;
+}
+__device__ __forceinline__ float *transfer_of(const q3n_gated_delta_args &a, const plan &p, int64_t pair, int segment) {
+  return local_of(a, p, pair, p.segments - 1) + (segment - 1) * a.K * a.K;
+}
+
+/* Tokens of a segment of a sequence of T: whole chunks. */
+__device__ __forceinline__ int64_t segment_tokens(int64_t T, int segments) {
+  const int64_t chunks = (T + C - 1) / C;
+  return (chunks + segments - 1) / segments * C;
+}
+
+__device__ __forceinline__ int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+
+__device__ __forceinline__ int64_t end_of(const job &j, int segment) {
+  return least((segment + 1) * j.length, j.at.T);
+}
+
+/* M into shared memory, zeros past K. The block takes part; a barrier goes before and after. */
+template <int KP, class T>
+__device__ __forceinline__ void fetch_transfer(const q3n_gated_delta_args &a, const float *m, q3n_shared<T> to) {
+  for (int i = (int)threadIdx.x; i < KP * KP / 4; i += (int)blockDim.x) {
+    const int row = i / (KP / 4), c = i % (KP / 4) * 4;
+    const q3n_shared<T> at = to + q3n_place(row, c / 8, c % 8, KP);
+    const T *from = (const T *)(const void *)m + row * a.K + c;
+    if (row < a.K && c < a.K && a.K % 4 == 0) {
+      q3n_copy_async16(at, from);
     } else {
-      float x[4];
       Q3N_UNROLL
-      for (int j = 0; j < 4; j++) x[j] = row < n && c + j < a.K ? q3n_element(array, first + j, a.dtype) : 0.0f;
-      q3n_store(to, make_float4(x[0], x[1], x[2], x[3]));
+      for (int j = 0; j < 4; j++) at[j] = row < a.K && c + j < a.K ? from[j] : (T)0;
     }
   }
   q3n_copy_commit();
+  q3n_copy_wait<0>();
 }
 
-/* Gates of a token as they were read: threads 0 .. C have one each. */
-struct gates {
-  float g, beta;
-};
+__device__ __forceinline__ float number(float x) { return x; }
+__device__ __forceinline__ float number(uint32_t x) { return __uint_as_float(x); }
 
-__device__ __forceinline__ gates read_gates(const q3n_gated_delta_args &a, const head &at, int64_t t0, int n) {
-  const int i = (int)threadIdx.x;
-  gates x = {0.0f, 0.0f};
-  if (i < n && at.g) x.g = at.g[(t0 + i) * a.g_t];
-  if (i < n) x.beta = at.beta[(t0 + i) * a.beta_t];
-  return x;
-}
-
-/* Every decay is a product of factors up to 1, in double: no quotient, and none that cancels. A diagonal block is 16
-   lanes. */
-__device__ __forceinline__ void find_decays(gates x, const shared_chunk &ch) {
-  const int i = (int)threadIdx.x, r = i % BLOCK;
-  if (i / 32 >= C / 32) return;
-  const float e = expf(x.g);
-  double since = (double)e, until = 1.0;
-  Q3N_UNROLL
-  for (int by = 1; by < BLOCK; by *= 2) {
-    const double before = __shfl_up_sync(ALL, since, by, BLOCK);
-    if (r >= by) since *= before;
-  }
-  Q3N_UNROLL
-  for (int d = 0; d < BLOCK; d++) {
-    const float later = __shfl_down_sync(ALL, e, d, BLOCK);
-    if (d > 0 && r + d < BLOCK) until *= (double)later;
-    ch.near[d * C + i] = (float)until;
-  }
-  ch.decay[i] = e;
-  ch.beta[i] = x.beta;
-  ch.since[i] = since;
-  ch.until[i] = until;
-}
-
-/* 8 lanes a row. */
-template <int KP>
-__device__ __forceinline__ void find_norms(const q3n_gated_delta_args &a, int n, const shared_chunk &ch) {
-  const int member = (int)(threadIdx.x % 8);
-  for (int row = (int)(threadIdx.x / 8); row < 2 * C; row += (int)(blockDim.x / 8)) {
-    const int i = row % C;
-    float norm = 1.0f;
-    if (a.qk_l2norm) {
-      const q3n_shared<float> from = row < C ? ch.k : ch.q;
-      float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      Q3N_UNROLL
-      for (int c = 0; c < KP / 8; c += 4) {
-        const float4 x = q3n_load<float4>(from + q3n_place(i, c + member / 2, member % 2 * 4, KP));
-        part[0] = __fmaf_rn(x.x, x.x, part[0]), part[1] = __fmaf_rn(x.y, x.y, part[1]);
-        part[2] = __fmaf_rn(x.z, x.z, part[2]), part[3] = __fmaf_rn(x.w, x.w, part[3]);
-      }
-      const float sum = q3n_warp_sum((part[0] + part[1]) + (part[2] + part[3]), 8);
-      if (i < n) norm = 1.0f / sqrtf(sum + a.qk_l2norm_eps);
-    }
-    if (member == 0 && row < C) ch.key[i] = norm;
-    if (member == 0 && row >= C) ch.query[i] = norm * a.scale;
-  }
-}
-
-/* Decays over whole diagonal blocks join those within. */
-__device__ __forceinline__ double over_blocks(const shared_chunk &ch, int from, int to) {
-  double x = 1.0;
-  for (int b = from; b < to; b++) x *= (double)ch.since[b * BLOCK + BLOCK - 1];
-  return x;
-}
-
-__device__ __forceinline__ void find_ends(const shared_chunk &ch) {
-  for (int i = (int)threadIdx.x; i < C; i += (int)blockDim.x) {
-    ch.start[i] = (float)((double)ch.since[i] * over_blocks(ch, 0, i / BLOCK));
-    ch.end[i] = (float)((double)ch.until[i] * over_blocks(ch, i / BLOCK + 1, C / BLOCK));
-  }
-  if (threadIdx.x == 0) {
-    const double gain = over_blocks(ch, 0, C / BLOCK);
-    ch.gain[0] = (float)gain;
-    ch.gain[1] = (float)(gain - (double)(float)gain);
-  }
-}
-
-/* A and P: tiles of 16 x 8 on and below the diagonal, warp by warp. */
-template <int KP> __device__ __forceinline__ void find_scores(int n, const shared_chunk &ch) {
-  const int lane = (int)(threadIdx.x % 32), warps = (int)(blockDim.x / 32), group = lane / 4, member = lane % 4;
-  for (int tile = (int)(threadIdx.x / 32); tile < 20; tile += warps) {
-    const int b = tile < 2 ? 0 : tile < 6 ? 1 : tile < 12 ? 2 : 3, i0 = b * BLOCK, j0 = (tile - b * (b + 1)) * 8;
-    if (i0 >= n) break;
-    q3n_sums kk, qk;
-    q3n_clear(kk), q3n_clear(qk);
-    Q3N_UNROLL
-    for (int c = 0; c < KP / 8; c++) {
-      const q3n_right key = q3n_split_right(q3n_load<float2>(ch.k + q3n_place(j0 + group, c, 2 * member, KP)));
-      const int from = q3n_place(i0 + group, c, 2 * member, KP), below = q3n_place(i0 + group + 8, c, 2 * member, KP);
-      q3n_add_product(kk, q3n_split_rows(q3n_load<float2>(ch.k + from), q3n_load<float2>(ch.k + below)), key);
-      q3n_add_product(qk, q3n_split_rows(q3n_load<float2>(ch.q + from), q3n_load<float2>(ch.q + below)), key);
-    }
-    Q3N_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int i = i0 + group + 8 * r;
-      const float beta = ch.beta[i], ki = ch.key[i], qi = ch.query[i];
-      const double reach = (double)ch.since[i] * over_blocks(ch, j0 / BLOCK + 1, b);
-      float a[2] = {0.0f, 0.0f}, p[2] = {0.0f, 0.0f};
-      Q3N_UNROLL
-      for (int m = 0; m < 2; m++) {
-        const int j = j0 + 2 * member + m, x = 2 * r + m;
-        if (j > i) continue;
-        const float key = ch.key[j];
-        const float decay = j0 >= i0 ? (float)ch.near[(i - j) * C + j] : (float)(reach * (double)ch.until[j]);
-        const float product = (qk.large[x] + qk.rest[x]) * (qi * key);
-        if (j == i) {
-          ch.self[i] = product;
-        } else {
-          a[m] = (kk.large[x] + kk.rest[x]) * (ki * key) * (beta * decay * SCALE);
-          p[m] = product * (decay * SCALE);
-          if (!small(a[m])) atomicMin(&ch.bad[0], i);
-        }
-      }
-      q3n_store(ch.a + q3n_place(i, j0 / 8, 2 * member, C), make_float2(a[0], a[1]));
-      q3n_store(ch.p + q3n_place(i, j0 / 8, 2 * member, C), make_float2(p[0], p[1]));
-    }
-  }
-}
-
-/* The channels 8 i + 2 member and one more of two state rows, as sums of products lie. */
-template <int KP> struct rows_of_state {
-  float x[KP / 8][4];
-};
-
-template <int KP>
-__device__ __forceinline__ void load_state(rows_of_state<KP> &s, const float *from, int64_t stride, int row,
-                                           const q3n_gated_delta_args &a, bool vectors) {
-  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
-  Q3N_UNROLL
-  for (int i = 0; i < KP / 8; i++)
-    Q3N_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int c = 8 * i + 2 * member;
-      const int v = row + group + 8 * r;
-      float2 pair = make_float2(0.0f, 0.0f);
-      if (from && v < a.V) {
-        const float *at = from + v * stride + c;
-        if (vectors && c < a.K) {
-          pair = q3n_load<float2>(at);
-        } else {
-          if (c < a.K) pair.x = at[0];
-          if (c + 1 < a.K) pair.y = at[1];
-        }
-      }
-      s.x[i][2 * r] = pair.x, s.x[i][2 * r + 1] = pair.y;
-    }
-}
-
-template <int KP>
-__device__ __forceinline__ void store_state(const rows_of_state<KP> &s, float *to, int64_t stride, int row,
-                                            const q3n_gated_delta_args &a, bool vectors) {
-  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
-  Q3N_UNROLL
-  for (int i = 0; i < KP / 8; i++)
-    Q3N_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int c = 8 * i + 2 * member;
-      const int v = row + group + 8 * r;
-      if (v >= a.V) continue;
-      float *at = to + v * stride + c;
-      if (vectors && c < a.K) {
-        q3n_store(at, make_float2(s.x[i][2 * r], s.x[i][2 * r + 1]));
-      } else {
-        if (c < a.K) at[0] = s.x[i][2 * r];
-        if (c + 1 < a.K) at[1] = s.x[i][2 * r + 1];
-      }
-    }
-}
-
-/* Whether a row of the state is finite, for this lane's two rows: what is not stays so, and is no reason to leave the
-   tensor cores. */
-template <int KP> __device__ __forceinline__ void find_live(bool (&live)[2], const rows_of_state<KP> &s) {
-  Q3N_UNROLL
-  for (int r = 0; r < 2; r++) {
-    int dead = 0;
-    Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++)
-      if (!small(s.x[i][2 * r]) || !small(s.x[i][2 * r + 1])) dead = 1;
-    dead |= __shfl_xor_sync(ALL, dead, 1);
-    dead |= __shfl_xor_sync(ALL, dead, 2);
-    live[r] = !dead;
-  }
-}
-
-/* Tokens 0 .. n of the chunk by the recurrence, with o and snapshots from `first` on. */
-template <int KP>
-__device__ __forceinline__ void one_by_one(rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
-                                           int first, int row, const shared_chunk &ch, bool state_vectors) {
-  const head at = ch.at[0];
-  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
-  for (int t = 0; t < n; t++) {
-    const float decay = ch.decay[t], beta = ch.beta[t], key = ch.key[t], query = ch.query[t];
-    float dot[2] = {0.0f, 0.0f}, out[2] = {0.0f, 0.0f}, u[2];
-    Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
-      Q3N_UNROLL
-      for (int r = 0; r < 2; r++) {
-        s.x[i][2 * r] *= decay, s.x[i][2 * r + 1] *= decay;
-        dot[r] = __fmaf_rn(s.x[i][2 * r + 1], k.y * key, __fmaf_rn(s.x[i][2 * r], k.x * key, dot[r]));
-      }
-    }
-    Q3N_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int v = row + group + 8 * r;
-      u[r] = beta * ((v < a.V ? q3n_element(at.v, (t0 + t) * a.v_t + v, a.dtype) : 0.0f) - q3n_warp_sum(dot[r], 4));
-    }
-    Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
-      const float2 q = q3n_load<float2>(ch.q + q3n_place(t, i, 2 * member, KP));
-      Q3N_UNROLL
-      for (int r = 0; r < 2; r++) {
-        s.x[i][2 * r] = __fmaf_rn(u[r], k.x * key, s.x[i][2 * r]);
-        s.x[i][2 * r + 1] = __fmaf_rn(u[r], k.y * key, s.x[i][2 * r + 1]);
-        out[r] = __fmaf_rn(s.x[i][2 * r + 1], q.y * query, __fmaf_rn(s.x[i][2 * r], q.x * query, out[r]));
-      }
-    }
-    Q3N_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int v = row + group + 8 * r;
-      const float o = q3n_warp_sum(out[r], 4);
-      if (member == 0 && t >= first && v < a.V) q3n_set_element(at.o, (t0 + t) * a.o_t + v, a.dtype, o);
-    }
-    if (at.snapshots)
-      store_state<KP>(s, at.snapshots + (t0 + t) * a.snap_t, a.snap_v, row, a, state_vectors);
-  }
-}
-
-/* The states after each token of the chunk, from the one before it and u. */
-template <int KP>
-__device__ __forceinline__ void replay(rows_of_state<KP> s, const q3n_gated_delta_args &a, int64_t t0, int n,
-                                       int row, const shared_chunk &ch, q3n_shared<float> u, bool state_vectors) {
-  const head at = ch.at[0];
-  const int group = (int)(threadIdx.x % 32) / 4, member = (int)(threadIdx.x % 4);
-  __syncwarp(); /* u lies with the lanes that made it */
-  for (int t = 0; t < n; t++) {
-    const float4 v = q3n_load<float4>(u + (t / 8 * 32 + group * 4 + t % 8 / 2) * 4);
-    const float low = t % 2 ? v.y : v.x, high = t % 2 ? v.w : v.z, decay = ch.decay[t], key = ch.key[t];
-    Q3N_UNROLL
-    for (int i = 0; i < KP / 8; i++) {
-      const float2 k = q3n_load<float2>(ch.k + q3n_place(t, i, 2 * member, KP));
-      s.x[i][0] = __fmaf_rn(low, k.x * key, decay * s.x[i][0]);
-      s.x[i][1] = __fmaf_rn(low, k.y * key, decay * s.x[i][1]);
-      s.x[i][2] = __fmaf_rn(high, k.x * key, decay * s.x[i][2]);
-      s.x[i][3] = __fmaf_rn(high, k.y * key, decay * s.x[i][3]);
-    }
-    store_state<KP>(s, at.snapshots + (t0 + t) * a.snap_t, a.snap_v, row, a, state_vectors);
-  }
-}
-
-/* Columns of a product of u and A or P: b is a row's place in the matrix, transposed by how it is read. */
-__device__ __forceinline__ q3n_right matrix(q3n_shared<float> x, int i, int j) {
-  const int lane = (int)(threadIdx.x % 32);
-  return q3n_split_right(q3n_load<float2>(x + q3n_place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
-}
-
-/* u and o of the tokens of block b. Returns how many of its tokens are good: o is stored for those, and u of the others
-   is 0. */
-template <int KP>
-__device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
-                                         int b, int row, const shared_chunk &ch, q3n_shared<float> u,
-                                         const bool (&live)[2]) {
-  const head at = ch.at[0];
-  const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4, i0 = b * BLOCK;
-  float w[2][4], o[2][4]; /* tokens i0 + 8 h + 2 member + x % 2, rows group + x / 2 * 8 */
-  Q3N_UNROLL
-  for (int h = 0; h < 2; h++)
-    Q3N_UNROLL
-    for (int x = 0; x < 4; x++) {
-      const int t = i0 + 8 * h + 2 * member + x % 2;
-      const int v = row + group + x / 2 * 8;
-      w[h][x] = t < n && v < a.V ? q3n_element(at.v, (t0 + t) * a.v_t + v, a.dtype) : 0.0f;
-    }
-
-  {
-    q3n_sums k[2], q[2];
-    Q3N_UNROLL
-    for (int h = 0; h < 2; h++) q3n_clear(k[h]), q3n_clear(q[h]);
-    Q3N_UNROLL
-    for (int c = 0; c < KP / 8; c++) {
-      float x[4];
-      Q3N_UNROLL
-      for (int i = 0; i < 4; i++) x[i] = anew(s.x[c][i]) * SCALE;
-      const q3n_left state = q3n_split_left(x);
-      Q3N_UNROLL
-      for (int h = 0; h < 2; h++) {
-        const int from = q3n_place(i0 + 8 * h + group, c, 2 * member, KP);
-        q3n_add_product(k[h], state, q3n_split_right(q3n_load<float2>(ch.k + from)));
-        q3n_add_product(q[h], state, q3n_split_right(q3n_load<float2>(ch.q + from)));
-      }
-    }
-    Q3N_UNROLL
-    for (int h = 0; h < 2; h++)
-      Q3N_UNROLL
-      for (int x = 0; x < 4; x++) {
-        const int t = i0 + 8 * h + 2 * member + x % 2;
-        const float start = ch.start[t], beta = ch.beta[t];
-        const float sk = (k[h].large[x] + k[h].rest[x]) * UNSCALE, sq = (q[h].large[x] + q[h].rest[x]) * UNSCALE;
-        w[h][x] = beta * __fmaf_rn(-start, sk * (float)ch.key[t], w[h][x]);
-        o[h][x] = start * (sq * (float)ch.query[t]);
-      }
-  }
-
-  /* The first token where a row that was finite is not any more. */
-  int good = BLOCK;
-  const auto watch = [&](const float(&x)[2][4], int from) {
-    int first = from;
-    Q3N_UNROLL
-    for (int h = 0; h < 2; h++)
-      Q3N_UNROLL
-      for (int i = 0; i < 4; i++) {
-        const int t = 8 * h + 2 * member + i % 2;
-        if (live[i / 2] && !small(x[h][i]) && t < first) first = t;
-      }
-    if (!__any_sync(ALL, first < BLOCK)) return from;
-    Q3N_UNROLL
-    for (int by = 16; by > 0; by /= 2) {
-      const int other = __shfl_xor_sync(ALL, first, by);
-      if (other < first) first = other;
-    }
-    return first;
-  };
-  const auto keep = [&](float(&x)[2][4]) {
-    Q3N_UNROLL
-    for (int h = 0; h < 2; h++)
-      Q3N_UNROLL
-      for (int i = 0; i < 4; i++)
-        if (8 * h + 2 * member + i % 2 >= good) x[h][i] = 0.0f;
-  };
-  const int bad = (int)ch.bad[0] - i0;
-  good = watch(w, bad < BLOCK ? bad : BLOCK);
-
-  q3n_sums au[2], pu[2];
-  Q3N_UNROLL
-  for (int h = 0; h < 2; h++) q3n_clear(au[h]), q3n_clear(pu[h]);
-  for (int j = 0; j < i0; j += 8) {
-    const float4 v = q3n_load<float4>(u + (j / 8 * 32 + lane) * 4);
-    const float before[4] = {v.x, v.y, v.z, v.w};
-    const q3n_left factor = q3n_split_left(before);
-    Q3N_UNROLL
-    for (int h = 0; h < 2; h++) {
-      q3n_add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, j));
-      q3n_add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, j));
-    }
-  }
-  Q3N_UNROLL
-  for (int h = 0; h < 2; h++) {
-    Q3N_UNROLL
-    for (int x = 0; x < 4; x++) w[h][x] = __fmaf_rn(-UNSCALE, au[h].large[x] + au[h].rest[x], w[h][x]);
-    q3n_clear(au[h]);
-  }
-  if (good < BLOCK) keep(w);
-  Q3N_UNROLL
-  for (int j = 0; j < 2; j++) {
-    const q3n_left factor = q3n_split_left(w[j]);
-    Q3N_UNROLL
-    for (int h = j; h < 2; h++) q3n_add_product(au[h], factor, matrix(ch.a, i0 + 8 * h, i0 + 8 * j));
-  }
-  Q3N_UNROLL
-  for (int h = 0; h < 2; h++)
-    Q3N_UNROLL
-    for (int x = 0; x < 4; x++) w[h][x] = __fmaf_rn(UNSCALE, au[h].large[x] + au[h].rest[x], w[h][x]);
-  if (good < BLOCK) keep(w);
-  good = watch(w, good);
-  if (good < BLOCK) keep(w);
-
-  Q3N_UNROLL
-  for (int j = 0; j < 2; j++) {
-    q3n_store(u + ((i0 / 8 + j) * 32 + lane) * 4, make_float4(w[j][0], w[j][1], w[j][2], w[j][3]));
-    const q3n_left factor = q3n_split_left(w[j]);
-    Q3N_UNROLL
-    for (int h = j; h < 2; h++) q3n_add_product(pu[h], factor, matrix(ch.p, i0 + 8 * h, i0 + 8 * j));
-  }
-  Q3N_UNROLL
-  for (int h = 0; h < 2; h++)
-    Q3N_UNROLL
-    for (int x = 0; x < 4; x++) {
-      const float near = __fmaf_rn((float)ch.self[i0 + 8 * h + 2 * member + x % 2], w[h][x], o[h][x]);
-      o[h][x] = __fmaf_rn(UNSCALE, pu[h].large[x] + pu[h].rest[x], near);
-    }
-  good = watch(o, good);
-  Q3N_UNROLL
-  for (int h = 0; h < 2; h++)
-    Q3N_UNROLL
-    for (int x = 0; x < 4; x++) {
-      const int i = 8 * h + 2 * member + x % 2;
-      const int v = row + group + x / 2 * 8;
-      if (i < good && i0 + i < n && v < a.V) q3n_set_element(at.o, (t0 + i0 + i) * a.o_t + v, a.dtype, o[h][x]);
-    }
-  return good;
-}
-
-/* S <- S and the chunk's decay, plus u times the keys decayed to its end. u is taken whole, in three parts: with keys
-   of ones and zeros the state holds the very values. false, and nothing done, where a sum overflows. */
-template <int KP>
-__device__ __forceinline__ bool advance(rows_of_state<KP> &s, int n, const shared_chunk &ch, q3n_shared<float> u,
-                                        const bool (&live)[2]) {
+/* S M + L. */
+template <int KP, class T>
+__device__ __forceinline__ void cross(rows_of_state<KP> &after, rows_of_state<KP> &s, const q3n_gated_delta_args &a,
+                                      q3n_shared<T> m, const float *local, const rows &row) {
   const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
-  rows_of_state<KP> written;
-  Q3N_UNROLL
-  for (int c = 0; c < KP / 8; c++)
+  clear(after);
+  /* S goes round once, so that one piece of code takes its columns in turn. */
+  Q3N_ROLL
+  for (int j = 0; j < KP / 8; j++) {
+    float first[4], x[4];
     Q3N_UNROLL
-    for (int x = 0; x < 4; x++) written.x[c][x] = 0.0f;
-  for (int j = 0; j < n; j += 8) {
-    const int t = j + 2 * member;
-    const float4 v = q3n_load<float4>(u + (j / 8 * 32 + lane) * 4);
-    const float even = (float)ch.end[t] * SCALE * (float)ch.key[t];
-    const float odd = (float)ch.end[t + 1] * SCALE * (float)ch.key[t + 1];
-    const float x[4] = {v.x * even, v.y * odd, v.z * even, v.w * odd};
-    const q3n_left factor = q3n_split_left(x);
-    uint32_t least[4];
+    for (int i = 0; i < 4; i++) first[i] = s.x[0][i], x[i] = first[i] * SCALE;
     Q3N_UNROLL
-    for (int i = 0; i < 4; i++) {
-      const float low = __int_as_float((int)factor.low[i]), taken = __int_as_float((int)(factor.low[i] & 0xffffe000u));
-      least[i] = (uint32_t)__float_as_int(low - taken);
-    }
+    for (int c = 0; c + 1 < KP / 8; c++)
+      Q3N_UNROLL
+      for (int i = 0; i < 4; i++) s.x[c][i] = s.x[c + 1][i];
     Q3N_UNROLL
-    for (int c = 0; c < KP / 8; c++) {
-      const float2 pair = make_float2(ch.k[q3n_place(t, c, group, KP)], ch.k[q3n_place(t + 1, c, group, KP)]);
-      const q3n_right keys = q3n_split_right(pair);
-      q3n_mma_tf32(written.x[c], factor.high, keys.high, written.x[c]);
-      q3n_mma_tf32(written.x[c], factor.high, keys.low, written.x[c]);
-      q3n_mma_tf32(written.x[c], factor.low, keys.high, written.x[c]);
-      q3n_mma_tf32(written.x[c], least, keys.high, written.x[c]);
-    }
+    for (int i = 0; i < 4; i++) s.x[KP / 8 - 1][i] = first[i];
+    const int k = 8 * j + 2 * member;
+    add_whole<KP>(after, x, [&](int c) {
+      return make_float2(number((T)m[q3n_place(k, c, group, KP)]) * SCALE,
+                         number((T)m[q3n_place(k + 1, c, group, KP)]) * SCALE);
+    });
   }
-  bool over = false;
   Q3N_UNROLL
   for (int c = 0; c < KP / 8; c++)
     Q3N_UNROLL
-    for (int x = 0; x < 4; x++) over |= live[x / 2] && !small(written.x[c][x]);
-  if (__any_sync(ALL, over)) return false;
-  const float gain = ch.gain[0], rest = ch.gain[1];
-  Q3N_UNROLL
-  for (int c = 0; c < KP / 8; c++)
-    Q3N_UNROLL
-    for (int x = 0; x < 4; x++)
-      s.x[c][x] = __fmaf_rn(gain, s.x[c][x], __fmaf_rn(rest, s.x[c][x], written.x[c][x] * UNSCALE));
-  return true;
+    for (int x = 0; x < 4; x++) {
+      const int k = 8 * c + 2 * member + x % 2, v = row.first + group + x / 2 * 8;
+      const float l = v < row.count && k < a.K ? local[v * a.K + k] : 0.0f;
+      after.x[c][x] = __fmaf_rn(after.x[c][x] * UNSCALE, UNSCALE, l);
+    }
 }
 
-/* One block: ROWS rows a warp of one head. Asked for one block, ptxas finds registers for the small sizes, and not asked,
-   for the large one; else it spills. */
-template <int KP>
-__global__ void __launch_bounds__(WARPS * 32, KP < 128)
-    chunked(q3n_gated_delta_args a, int64_t blocks_per_head, int64_t items, bool token_vectors, bool state_vectors) {
+__device__ __forceinline__ job find_job(const q3n_gated_delta_args &a, const plan &p, int64_t item, int warps) {
+  const int64_t per_pair = blocks_of(a, p, warps), values = value_blocks(a, warps), part = item % per_pair;
+  job j = {};
+  j.item = item;
+  j.pair = item / per_pair;
+  j.at = find_head(a, j.pair / a.HV, j.pair % a.HV);
+  j.length = p.pass == plan::WHOLE ? j.at.T : segment_tokens(j.at.T, p.segments);
+  j.inner = p.pass == plan::TRANSFERS && part >= values;
+  const int64_t later = j.inner ? part - values : part, each = j.inner ? transfer_blocks(a, warps) : values;
+  j.tile = (int)(later % each) * warps;
+  j.last = (int)(later / each) + (p.pass == plan::REST || j.inner);
+  j.first = p.pass == plan::REST ? 1 : j.last;
+  j.ends = (j.last + 1) * j.length >= j.at.T;
+  return j;
+}
+
+/* A segment past the sequence's end, and the L and M of the last one. */
+__device__ __forceinline__ bool unneeded(const job &j) {
+  return j.last > 0 && (j.last * j.length >= j.at.T || (j.inner && j.ends));
+}
+
+/* One block: ROWS rows a warp of one head and segment. Asked for one block, ptxas finds registers for the small sizes,
+   and not asked, for the large one; else it spills. */
+template <class FORM>
+__global__ void __launch_bounds__(WARPS * 32, FORM::KP < 128)
+    chunked(q3n_gated_delta_args a, plan p, int64_t items, bool token_vectors, bool state_vectors) {
+  constexpr int KP = FORM::KP;
+  constexpr int64_t MATRICES = 4 * FORM::STAGE * sizeof(typename FORM::element);
   const int warps = (int)(blockDim.x / 32), warp = (int)(threadIdx.x / 32);
-  constexpr int64_t TOKENS = 4 * C * KP;
-  Q3N_SHARED_DYNAMIC(float, tokens, 0, TOKENS); /* [2][2][C][KP] keys and queries of this chunk and the next */
-  Q3N_SHARED_DYNAMIC(float, matrix_a, TOKENS * 4, C * C);
-  Q3N_SHARED_DYNAMIC(float, matrix_p, (TOKENS + C * C) * 4, C * C);
-  Q3N_SHARED_DYNAMIC(float, all_u, (TOKENS + 2 * C * C) * 4, warps * C * ROWS);
+  Q3N_SHARED_DYNAMIC(typename FORM::element, tokens, 0, 4 * FORM::STAGE); /* keys and queries of a chunk and the next */
+  Q3N_SHARED_DYNAMIC(float, matrix_a, MATRICES, C * C);
+  Q3N_SHARED_DYNAMIC(float, matrix_p, MATRICES + C * C * 4, C * C);
+  Q3N_SHARED_DYNAMIC(float, all_u, MATRICES + 2 * C * C * 4, warps * FORM::u_floats(a));
   Q3N_SHARED(float, self, C);
   Q3N_SHARED(float, decay, C);
   Q3N_SHARED(float, beta, C);
@@ -543,99 +156,173 @@ __global__ void __launch_bounds__(WARPS * 32, KP < 128)
   Q3N_SHARED(double, until, C);
   Q3N_SHARED(float, gain, 2);
   Q3N_SHARED(int, bad, 1);
-  Q3N_SHARED(head, where, 1);
-  shared_chunk ch = {tokens, tokens, matrix_a, matrix_p, self, decay,      beta,       key,  query,
-                     start,  end,    near,     since, until, gain, bad, where};
-  const q3n_shared<float> u = all_u + warp * C * ROWS;
+  Q3N_SHARED(job, task, 1);
+  typename FORM::chunk ch = {{matrix_a, matrix_p, self, decay, beta, key, query, start, end, near, since, until, gain,
+                              bad, task},
+                             {tokens},
+                             {tokens}};
+  const q3n_shared<float> u = all_u + warp * FORM::u_floats(a);
 
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const int64_t which = item / blocks_per_head;
+  for (int64_t item = blockIdx.x; item < items; item = ((job)task[0]).item + gridDim.x) {
     __syncthreads(); /* the item before is done with */
-    if (threadIdx.x == 0) where[0] = find_head(a, which / a.HV, which % a.HV);
+    if (threadIdx.x == 0) task[0] = find_job(a, p, item, warps);
     __syncthreads();
-    const int64_t T = ((head)where[0]).T;
-    const int row = ((int)(item % blocks_per_head) * warps + warp) * ROWS; /* rows past V are zeros, and not stored */
+    if (unneeded(task[0])) continue;
 
+    const rows row = find_rows(a, task[0]);
     rows_of_state<KP> s;
     bool live[2];
-    load_state<KP>(s, ((head)where[0]).state_in, a.state_v, row, a, state_vectors);
+    if (row.transfer)
+      start_transfer<KP>(s, row);
+    else if (p.pass == plan::REST)
+      load_state<KP>(s, local_of(a, p, ((job)task[0]).pair, 0), a.K, row, a, a.K % 4 == 0);
+    else
+      load_state<KP>(s, ((job)task[0]).inner ? nullptr : ((job)task[0]).at.state_in, a.state_v, row, a, state_vectors);
     find_live<KP>(live, s);
-    gates next = {0.0f, 0.0f};
-    if (T > 0) {
-      const int n = (int)(T < C ? T : C);
-      fetch<KP>(a, where[0], 0, n, token_vectors, tokens, tokens + C * KP);
-      next = read_gates(a, where[0], 0, n);
-    }
-    for (int64_t t0 = 0; t0 < T; t0 += C) {
-      const int n = (int)(T - t0 < C ? T - t0 : C), stage = (int)(t0 / C % 2);
-      ch.k = tokens + stage * 2 * C * KP;
-      ch.q = ch.k + C * KP;
-      q3n_copy_wait<0>();
-      __syncthreads();
-      if (threadIdx.x == 0) bad[0] = C;
-      const gates now = next;
-      if (t0 + C < T) {
-        const int then = (int)(T - t0 - C < C ? T - t0 - C : C);
-        const q3n_shared<float> to = tokens + (1 - stage) * 2 * C * KP;
-        fetch<KP>(a, where[0], t0 + C, then, token_vectors, to, to + C * KP);
-        next = read_gates(a, where[0], t0 + C, then);
-      }
-      find_decays(now, ch);
-      find_norms<KP>(a, n, ch);
-      __syncthreads();
-      if (n < TAIL) {
-        one_by_one<KP>(s, a, t0, n, 0, row, ch, state_vectors);
-        continue;
-      }
-      find_ends(ch);
-      find_scores<KP>(n, ch);
-      __syncthreads();
-      q3n_invert_diagonal(n, SCALE, ch.a);
-      __syncthreads();
 
-      int done = 0;
-      for (int b = 0; b * BLOCK < n && done == b * BLOCK; b++)
-        done += run_block<KP>(s, a, t0, n, b, row, ch, u, live);
-      if (done >= n && ((head)where[0]).snapshots) replay<KP>(s, a, t0, n, row, ch, u, state_vectors);
-      if (done < n || !advance<KP>(s, n, ch, u, live)) {
-        one_by_one<KP>(s, a, t0, n, done, row, ch, state_vectors);
-        find_live<KP>(live, s);
+    for (int segment = ((job)task[0]).first; segment <= ((job)task[0]).last; segment++) {
+      __syncthreads(); /* the segment before is done with */
+      if (segment < ((job)task[0]).last) {
+        if (threadIdx.x == 0) bad[0] = C;
+        fetch_transfer<KP>(a, transfer_of(a, p, ((job)task[0]).pair, segment), tokens);
+        __syncthreads();
+        rows_of_state<KP> after;
+        cross<KP>(after, s, a, tokens, local_of(a, p, ((job)task[0]).pair, segment), find_rows(a, task[0]));
+        if (overflows(after, live)) atomicMin(&bad[0], 0);
+        __syncthreads();
+        if ((int)bad[0] == C) {
+          s = after;
+          continue;
+        }
+        __syncthreads(); /* what is not finite, M or the product, goes through the segment chunk by chunk */
+      }
+      const bool queries = segment == ((job)task[0]).last && !((job)task[0]).inner;
+      int64_t t0 = segment * ((job)task[0]).length;
+      const auto left = [&] { return end_of(task[0], segment) - t0; };
+      gates next = {0.0f, 0.0f};
+      if (left() > 0) {
+        const int n = (int)least(left(), C);
+        FORM::fetch(a, ((job)task[0]).at, t0, n, queries, token_vectors, tokens);
+        next = read_gates(a, ((job)task[0]).at, t0, n);
+      }
+      for (int stage = 0; left() > 0; t0 += C, stage = 1 - stage) {
+        const int n = (int)least(left(), C);
+        ch.k = {tokens + stage * 2 * FORM::STAGE};
+        ch.q = {tokens + (stage * 2 + 1) * FORM::STAGE};
+        q3n_copy_wait<0>();
+        __syncthreads();
+        if (threadIdx.x == 0) bad[0] = C;
+        const gates now = next;
+        if (left() > C) {
+          const int then = (int)least(left() - C, C);
+          FORM::fetch(a, ((job)task[0]).at, t0 + C, then, queries, token_vectors,
+                      tokens + (1 - stage) * 2 * FORM::STAGE);
+          next = read_gates(a, ((job)task[0]).at, t0 + C, then);
+        }
+        find_decays(now, ch);
+        find_norms<FORM>(a, n, queries, ch);
+        __syncthreads();
+        if (n < TAIL) {
+          one_by_one<FORM>(s, a, t0, n, 0, queries, ch, state_vectors);
+          continue;
+        }
+        find_ends(ch);
+        find_scores<FORM>(n, queries, ch);
+        __syncthreads();
+        FORM::run(s, a, t0, n, queries, ch, u, live, state_vectors);
       }
     }
-    if (((head)where[0]).state_out) store_state<KP>(s, ((head)where[0]).state_out, a.state_v, row, a, state_vectors);
+    const rows mine = find_rows(a, task[0]);
+    if (((job)task[0]).ends) {
+      float *const to = ((job)task[0]).at.state_out;
+      if (to) store_state<KP>(s, to, a.state_v, mine, a, state_vectors);
+    } else if (p.pass == plan::TRANSFERS) {
+      const int64_t pair = ((job)task[0]).pair;
+      const int last = ((job)task[0]).last;
+      float *const to = mine.transfer ? transfer_of(a, p, pair, last) : local_of(a, p, pair, last);
+      store_state<KP>(s, to, a.K, mine, a, a.K % 4 == 0);
+    }
   }
 }
 
-/* Floats of dynamic shared memory, and about the bytes of what is not dynamic. */
-constexpr int64_t shared_floats(int64_t KP, int64_t warps) { return 4 * C * KP + 2 * C * C + warps * C * ROWS; }
+/* Floats of dynamic shared memory in units of 4 bytes, and about the bytes of what is not dynamic. */
+template <class FORM> int64_t shared_bytes(const q3n_gated_delta_args *a, int64_t warps) {
+  return 4 * FORM::STAGE * (int64_t)sizeof(typename FORM::element) + (2 * C * C + warps * FORM::u_floats(*a)) * 4;
+}
 constexpr int64_t SMALL_ARRAYS = 8192;
 
-/* Warps of a block: 8, or 4 where that leaves half of the multiprocessors without a block. Which warp has a row
-   changes no bit. */
-int64_t warps_of(const q3n_gated_delta_args *a) {
-  const int64_t tiles = (a->V + ROWS - 1) / ROWS;
+/* Warps of a block: 8, or 4 where that leaves half of the multiprocessors without a block; `wide` blocks have 8. Which
+   warp has a row changes no bit. */
+int64_t warps_of(const q3n_gated_delta_args *a, int64_t wide) {
+  const int64_t tiles = tiles_of(a->V);
   if (tiles < 2) return 2; /* a thread for every token of a chunk */
-  const int64_t wide = a->B * a->HV * ((tiles + WARPS - 1) / WARPS);
   const int64_t most = 2 * wide <= q3n_multiprocessors() ? WARPS / 2 : WARPS;
   return tiles < most ? tiles : most;
 }
 
-template <int KP> q3n_status launch(const q3n_gated_delta_args *a, q3n_stream stream) {
-  const bool token_vectors = a->K % 4 == 0 && tokens_aligned(a, 4);
+template <class FORM> q3n_status launch(const q3n_gated_delta_args *a, const plan &p, q3n_stream stream) {
+  const bool token_vectors = a->K % FORM::VECTOR == 0 && tokens_aligned(a, FORM::VECTOR);
   const bool state_vectors = a->K % 4 == 0 && aligned(a->state_in, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->state_out, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->snapshots, a->snap_b, a->snap_t, a->snap_h, a->snap_v);
-  const int64_t warps = warps_of(a), rows = warps * ROWS, per_head = (a->V + rows - 1) / rows;
-  const int64_t items = a->B * a->HV * per_head;
-  return Q3N_LAUNCH(chunked<KP>, (*a, per_head, items, token_vectors, state_vectors),
-                    items < INT32_MAX ? items : INT32_MAX, warps * 32, shared_floats(KP, warps) * 4, stream);
+  const int64_t pairs = a->B * a->HV, warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
+  const int64_t items = pairs * blocks_of(*a, p, warps);
+  return Q3N_LAUNCH(chunked<FORM>, (*a, p, items, token_vectors, state_vectors), items < INT32_MAX ? items : INT32_MAX,
+                    warps * 32, shared_bytes<FORM>(a, warps), stream);
 }
 
-/* Channel gates and other sizes go token by token, and all on GPUs with little shared memory. */
-bool fits(const q3n_gated_delta_args *a) {
-  const int64_t KP = a->K <= 32 ? 32 : a->K <= 64 ? 64 : 128;
-  return a->gate != Q3N_GATE_CHANNEL && a->K >= 16 && a->K <= 128 &&
-         shared_floats(KP, warps_of(a)) * 4 + SMALL_ARRAYS <= q3n_shared_limit();
+template <class FORM> bool fits(const q3n_gated_delta_args *a) {
+  return shared_bytes<FORM>(a, WARPS) + SMALL_ARRAYS <= q3n_shared_limit();
+}
+
+/* f(form) with the form that takes these args, or `none` where none does: channel gates, other sizes, GPUs with little
+   shared memory. */
+template <class R, class F> R with_form(const q3n_gated_delta_args *a, R none, const F &f) {
+  if (a->gate == Q3N_GATE_CHANNEL || a->K < 16 || a->K > 128) return none;
+  if (a->dtype == Q3N_BF16) {
+    if (a->K <= 32 && fits<bf16_form<32>>(a)) return f(bf16_form<32>());
+    if (a->K <= 64 && fits<bf16_form<64>>(a)) return f(bf16_form<64>());
+    if (fits<bf16_form<128>>(a)) return f(bf16_form<128>());
+  }
+  if (a->K <= 32) return fits<f32_form<32>>(a) ? f(f32_form<32>()) : none;
+  if (a->K <= 64) return fits<f32_form<64>>(a) ? f(f32_form<64>()) : none;
+  return fits<f32_form<128>>(a) ? f(f32_form<128>()) : none;
+}
+
+/* What a block of so many warps takes for a chunk, with o or without, in thirds of what a warp alone does of it. */
+int64_t with_o(int64_t warps) { return 3 * (warps < 4 ? 4 : warps) + 4; }
+int64_t without_o(int64_t warps) { return 2 * (warps < 4 ? 4 : warps) + 2; }
+
+int64_t waves(int64_t blocks) { return (blocks + q3n_multiprocessors() - 1) / q3n_multiprocessors(); }
+
+/* The time of `chunks` chunks of every sequence in so many segments, 1 for none, in the units of with_o. */
+int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments) {
+  const auto time = [&](const plan &p) {
+    const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
+    return waves(pairs * blocks_of(*a, p, warps)) * (p.pass == plan::TRANSFERS && segments > 2 &&
+                                                             pairs * blocks_of(*a, p, warps) > q3n_multiprocessors()
+                                                         ? (with_o(warps) + without_o(warps)) / 2
+                                                         : with_o(warps));
+  };
+  if (segments < 2) return chunks * time({plan::WHOLE, 1, nullptr});
+  const int64_t each = (chunks + segments - 1) / segments, crossing = 2 * WARPS;
+  return each * (time({plan::TRANSFERS, segments, nullptr}) + time({plan::REST, segments, nullptr})) +
+         (segments - 2) * crossing;
+}
+
+/* Segments of a long sequence: what is best for one alone, so that a sequence's bits don't depend on those beside it. */
+int segments_of(const q3n_gated_delta_args *a) {
+  const int MOST = 16, LONG = 1024; /* chunks */
+  int best = 2;
+  for (int n = 3; n <= MOST; n++)
+    if (reckon(a, a->HV, LONG, n) < reckon(a, a->HV, LONG, best)) best = n;
+  return best;
+}
+
+int64_t segmented_bytes(const q3n_gated_delta_args *a) {
+  int64_t bytes;
+  const bool over = __builtin_mul_overflow(a->B * a->HV, scratch_floats(*a, segments_of(a)) * 4, &bytes);
+  return over ? INT64_MAX : bytes;
 }
 
 } /* namespace */
@@ -646,20 +333,49 @@ Q3N_CUDA_SCRATCH(gated_delta, gated_delta_chunked) {
 }
 
 Q3N_CUDA_OPERATOR(gated_delta, gated_delta_chunked) {
-  if (!fits(a)) return Q3N_CUDA_CALL(gated_delta_recurrent, a, scratch, stream);
-  if (a->K <= 32) return launch<32>(a, stream);
-  if (a->K <= 64) return launch<64>(a, stream);
-  return launch<128>(a, stream);
+  const q3n_status none = -1;
+  const q3n_status status =
+      with_form(a, none, [&](auto form) { return launch<decltype(form)>(a, {plan::WHOLE, 1, nullptr}, stream); });
+  return status == none ? Q3N_CUDA_CALL(gated_delta_recurrent, a, scratch, stream) : status;
 }
 
-Q3N_CUDA_SCRATCH(gated_delta, gated_delta) {
-  (void)a;
-  return 0;
+Q3N_CUDA_SCRATCH(gated_delta, gated_delta_segmented) {
+  return with_form(a, false, [](auto) { return true; }) ? segmented_bytes(a) : 0;
 }
+
+Q3N_CUDA_OPERATOR(gated_delta, gated_delta_segmented) {
+  const q3n_status none = -1;
+  const q3n_status status = with_form(a, none, [&](auto form) {
+    plan p = {plan::TRANSFERS, segments_of(a), (float *)scratch};
+    const q3n_status first = launch<decltype(form)>(a, p, stream);
+    p.pass = plan::REST;
+    return first == Q3N_OK ? launch<decltype(form)>(a, p, stream) : first;
+  });
+  return status == none ? Q3N_CUDA_CALL(gated_delta_recurrent, a, scratch, stream) : status;
+}
+
+namespace {
+
+enum choice { RECURRENT, CHUNKED, SEGMENTED };
 
 /* Of packed sequences only the total is known here: their mean decides. */
+choice choose(const q3n_gated_delta_args *a) {
+  const int64_t tokens = a->cu_seqlens && a->B > 0 ? a->T / a->B : a->T, chunks = (tokens + C - 1) / C;
+  if (tokens < C || !with_form(a, false, [](auto) { return true; })) return RECURRENT;
+  /* Many heads leave no multiprocessor idle, and few tokens are over before the launches are. */
+  if (chunks < 16 || a->B * a->HV > 2 * q3n_multiprocessors()) return CHUNKED;
+  const int64_t pairs = a->B * a->HV;
+  return 10 * reckon(a, pairs, chunks, segments_of(a)) < 9 * reckon(a, pairs, chunks, 1) ? SEGMENTED : CHUNKED;
+}
+
+} /* namespace */
+
+Q3N_CUDA_SCRATCH(gated_delta, gated_delta) { return choose(a) == SEGMENTED ? segmented_bytes(a) : 0; }
+
 Q3N_CUDA_OPERATOR(gated_delta, gated_delta) {
-  const int64_t tokens = a->cu_seqlens && a->B > 0 ? a->T / a->B : a->T;
-  if (tokens < C) return Q3N_CUDA_CALL(gated_delta_recurrent, a, scratch, stream);
-  return Q3N_CUDA_CALL(gated_delta_chunked, a, scratch, stream);
+  switch (choose(a)) {
+    case RECURRENT: return Q3N_CUDA_CALL(gated_delta_recurrent, a, scratch, stream);
+    case CHUNKED: return Q3N_CUDA_CALL(gated_delta_chunked, a, scratch, stream);
+    default: return Q3N_CUDA_CALL(gated_delta_segmented, a, scratch, stream);
+  }
 }

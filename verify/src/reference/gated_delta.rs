@@ -173,7 +173,7 @@ impl Form {
         let digits: String =
             variant.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
         match variant.split(|c: char| !c.is_ascii_alphabetic()).next() {
-            Some("chunked") if variant.contains("cuda") => Form::TensorCores(digits.parse().unwrap_or(64)),
+            Some("chunked" | "segmented") if variant.contains("cuda") => Form::TensorCores(digits.parse().unwrap_or(64)),
             Some("chunked") => Form::Chunked(digits.parse().unwrap_or(64)),
             Some("unfused") => Form::Split(64),
             Some("cuda") => Form::Either(64),
