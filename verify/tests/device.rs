@@ -193,16 +193,16 @@ fn delta_rule_of<E: Float>(of: fn(f32) -> E, wide: fn(E) -> f32, unit: f32) -> R
     let (b, t, hk, hv, k, v) = (2, 70, 1, 2, 32, 16);
     let typed = |n: usize, seed: u64| fill(n, seed).into_iter().map(of).collect::<Vec<E>>();
     let (q, keys, values) = (typed(b * t * hk * k, 31), typed(b * t * hk * k, 32), typed(b * t * hv * v, 33));
-    let widened = |x: &[E]| x.iter().map(|&x| wide(x)).collect::<Vec<f32>>();
+    let [wide_q, wide_k, wide_v] = [&q, &keys, &values].map(|x| x.iter().map(|&x| wide(x)).collect::<Vec<f32>>());
     let (beta, pool) = (vec![0.5f32; b * t * hv], fill(b * hv * v * k, 34));
     let (mut expected, mut expected_pool) = (vec![0.0; b * t * hv * v], pool.clone());
     let args = gated_delta::Args {
         o: ViewMut::new(&mut expected, [b, t, hv, v])?,
         snapshots: None,
         state: gated_delta::State::InPlace { pool: ViewMut::new(&mut expected_pool, [b, hv, v, k])?, slots: None },
-        q: View::new(&widened(&q), [b, t, hk, k])?,
-        k: View::new(&widened(&keys), [b, t, hk, k])?,
-        v: View::new(&widened(&values), [b, t, hv, v])?,
+        q: View::new(&wide_q, [b, t, hk, k])?,
+        k: View::new(&wide_k, [b, t, hk, k])?,
+        v: View::new(&wide_v, [b, t, hv, v])?,
         gate: gated_delta::Gate::None,
         beta: View::new(&beta, [b, t, hv])?,
         cu_seqlens: None,

@@ -688,7 +688,7 @@ fn split(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome 
     let at = pick(seed, case.t + 1);
     let form = Form::of(variant.name());
     let edge = at / form.chunk() * form.chunk();
-    if form.is_fixed() {
+    if form.may_be_cut() {
         all_bitwise(&format!("split at {edge}"), &in_two(edge)?, &whole)?;
         if edge == at {
             return passed();
@@ -1339,8 +1339,8 @@ fn slot_ids(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outco
 
 /// A sequence alone gives the bits it gives in a batch or among packed sequences.
 fn alone(variant: &Variant<gated_delta::Op>, case: &Case, seed: u64) -> Outcome {
-    let free = !Form::of(variant.name()).is_fixed();
-    if case.b < 2 && case.rows == Rows::Dense || free && case.rows == Rows::Packed || case.work() > PROPERTY_WORK {
+    let packed = case.rows == Rows::Packed;
+    if case.b < 2 && !packed || packed && !Form::of(variant.name()).may_be_packed() || case.work() > PROPERTY_WORK {
         return Ok(None);
     }
     sequences_alone(&exec(variant), case, seed)?;
