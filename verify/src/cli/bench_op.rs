@@ -5,6 +5,7 @@ use crate::Done;
 use anyhow::{bail, ensure, Context};
 use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use qwen3next_verify::cases::attention::KvType;
+use qwen3next_verify::cases::gated_delta::Dtype;
 use qwen3next_verify::cases::norm::Kind;
 use qwen3next_verify::cases::quant::{Form, Type};
 use qwen3next_verify::compare::{Failure, Metrics};
@@ -58,7 +59,7 @@ pub struct Args {
     /// E/K:FxD, gather, add and kv_store N, delta_gates HKxHV, row_gate D. By default those of the 80B-A3B model.
     #[arg(long, value_delimiter = ',')]
     shape: Vec<String>,
-    /// Types of weights or cache, separated by commas.
+    /// Types of weights or cache, separated by commas; gated_delta: of q, k, v and o, f32 or for CUDA kernels bf16, f16.
     #[arg(long, value_delimiter = ',')]
     dtype: Vec<String>,
     /// Threads.
@@ -263,14 +264,14 @@ fn skipped(output: &str, why: &impl std::fmt::Display) -> anyhow::Result<Done> {
 
 /// The delta rule's variants on one thread, in the 80B-A3B model's heads.
 pub fn delta_rule(tokens: &[usize], samples: usize) -> anyhow::Result<Vec<Line>> {
-    let points = tokens.iter().map(|&t| delta_point(1, t, 16, 32, 128)).collect();
+    let points = tokens.iter().map(|&t| delta_point(1, t, 16, 32, 128, Dtype::F32)).collect();
     measure(points, &chosen::<qwen3next_kernels::gated_delta::Op>(&[])?, 1, samples)
 }
 
-fn delta_point(b: usize, t: usize, hk: usize, hv: usize, d: usize) -> Point<gated_delta::GatedDelta> {
-    let make = Box::new(move || Ok(gated_delta::GatedDelta::batch(b, t, hk, hv, d)));
+fn delta_point(b: usize, t: usize, hk: usize, hv: usize, d: usize, dtype: Dtype) -> Point<gated_delta::GatedDelta> {
+    let make = Box::new(move || Ok(gated_delta::GatedDelta::batch(b, t, hk, hv, d, dtype)));
     let batch = if b == 1 { String::new() } else { format!("{b} of ") };
-    Point { tokens: t, shape: format!("{batch}{hk}/{hv}x{d}"), dtype: "f32".into(), make }
+    Point { tokens: t, shape: format!("{batch}{hk}/{hv}x{d}"), dtype: dtype.to_string(), make }
 }
 
 /// The numbers of a shape `AxB`, `A/B:CxD` ..., whose separators are those of `form`.
@@ -298,7 +299,7 @@ impl Args {
         match self.op.as_str() {
             "gated_delta" => {
                 self.takes_no(&[("--shape", !self.shape.is_empty())])?;
-                self.only_f32()?;
+                let dtypes = self.token_types()?;
                 let [hk, hv] = sizes("--heads", self.heads.as_deref().unwrap_or("16/32"), "HK/HV")?;
                 ensure!(hv % hk == 0 && hv <= 1024, "--heads {hk}/{hv}: expected HV a multiple of HK, up to 1024");
                 let d = self.dim(128, 1024)?;
@@ -307,7 +308,8 @@ impl Args {
                 let fits =
                     b.checked_mul(hv * d * d).is_some_and(|n| n <= 1 << 30) && tokens.iter().all(|t| b * t <= 1 << 19);
                 ensure!(fits, "--batch {b}: expected up to 524288 tokens in all, and states of up to 2^30 elements");
-                self.measure(only_check, tokens.into_iter().map(|t| delta_point(b, t, hk, hv, d)).collect())
+                let each = dtypes.iter().flat_map(|dtype| tokens.iter().map(move |t| (*t, *dtype)));
+                self.measure(only_check, each.map(|(t, dtype)| delta_point(b, t, hk, hv, d, dtype)).collect())
             }
             "solve_tri" => {
                 self.no_heads()?;
@@ -514,6 +516,24 @@ impl Args {
         match self.dtype.iter().find(|d| *d != "f32") {
             Some(dtype) => bail!("--dtype {dtype}: expected f32, which is what {} takes", self.op),
             None => Ok(()),
+        }
+    }
+
+    /// Those of gated_delta's tokens.
+    fn token_types(&self) -> anyhow::Result<Vec<Dtype>> {
+        let kernels = self.backend == Backend::Cuda
+            || !self.variant.is_empty() && self.variant.iter().all(|name| name.contains("cuda"));
+        let parsed = |name: &String| -> anyhow::Result<Dtype> {
+            let dtype = name.parse().map_err(|e| anyhow::anyhow!("--dtype {name}: {e}"))?;
+            ensure!(
+                kernels || dtype == Dtype::F32,
+                "--dtype {name}: expected f32, or the CUDA kernels of --backend cuda"
+            );
+            Ok(dtype)
+        };
+        match self.dtype.is_empty() {
+            true => Ok(vec![Dtype::F32]),
+            false => self.dtype.iter().map(parsed).collect(),
         }
     }
 
@@ -914,7 +934,7 @@ mod tests {
     #[test]
     fn kernels_are_timed_on_a_device() -> anyhow::Result<()> {
         let device: &'static Device = Box::leak(Box::new(Device::executor()));
-        let points = || vec![delta_point(2, 3, 1, 2, 32), delta_point(1, 1, 1, 2, 32)];
+        let points = || vec![delta_point(2, 3, 1, 2, 32, Dtype::F32), delta_point(1, 1, 1, 2, 32, Dtype::BF16)];
         let lines = measure_on(device, points(), &[], 3, false, None)?;
         let kernels = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device);
         assert_eq!(lines.len(), 2 * kernels.len());
@@ -923,6 +943,11 @@ mod tests {
             assert!(line.roof.fraction > 0.0 && line.metrics.bound_multiple <= 1.0);
         }
         assert_eq!((lines[0].shape.as_str(), lines[0].ratio), ("2 of 1/2x32", 1.0));
+        assert_eq!(lines.iter().filter(|l| l.dtype == "bf16").count(), kernels.len());
+        // Bytes at the same time: q, k, two heads of v and o in 2 bytes an element, g and β, the states in and out.
+        let bytes = (2 * (2 * 32 + 2 * 64) + 4 * (2 + 2) + 2 * 4 * 2 * 32 * 32) as f64;
+        let last = &lines[lines.len() - 1];
+        assert!((last.gbs * last.time.median * 1e9 / bytes - 1.0).abs() < 1e-6, "{}", last.gbs);
         let mut text = Vec::new();
         table(&lines, &mut text)?;
         let text = String::from_utf8(text)?;
