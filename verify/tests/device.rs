@@ -2,8 +2,10 @@
 //! host executor, and on the first GPU where there is one.
 #![cfg(any(feature = "cuda", feature = "cuda-host"))]
 
+use half::{bf16, f16};
 use qwen3next_kernels::activations::Q8;
 use qwen3next_kernels::device::{Buffer, Device, Graph, Indices, Stream};
+use qwen3next_kernels::memory::Float;
 use qwen3next_kernels::{
     attention, causal_conv, gated_delta, layer, matmul, moe, norm, quant, rope, solve_tri, DType, Error, Exec, View,
     ViewMut, Weight,
@@ -184,6 +186,81 @@ fn delta_rule_from_pool_to_pool() -> Result<(), Error> {
         assert_near(&out.download()?, &expected_pool);
     }
     Ok(())
+}
+
+/// q, k, v and o of a type, beside the call in f32 on the same numbers: o is rounded once, the states are not.
+fn delta_rule_of<E: Float>(of: fn(f32) -> E, wide: fn(E) -> f32, unit: f32) -> Result<(), Error> {
+    let (b, t, hk, hv, k, v) = (2, 70, 1, 2, 32, 16);
+    let typed = |n: usize, seed: u64| fill(n, seed).into_iter().map(of).collect::<Vec<E>>();
+    let (q, keys, values) = (typed(b * t * hk * k, 31), typed(b * t * hk * k, 32), typed(b * t * hv * v, 33));
+    let [wide_q, wide_k, wide_v] = [&q, &keys, &values].map(|x| x.iter().map(|&x| wide(x)).collect::<Vec<f32>>());
+    let (beta, pool) = (vec![0.5f32; b * t * hv], fill(b * hv * v * k, 34));
+    let (mut expected, mut expected_pool) = (vec![0.0; b * t * hv * v], pool.clone());
+    let args = gated_delta::Args {
+        o: ViewMut::new(&mut expected, [b, t, hv, v])?,
+        snapshots: None,
+        state: gated_delta::State::InPlace { pool: ViewMut::new(&mut expected_pool, [b, hv, v, k])?, slots: None },
+        q: View::new(&wide_q, [b, t, hk, k])?,
+        k: View::new(&wide_k, [b, t, hk, k])?,
+        v: View::new(&wide_v, [b, t, hv, v])?,
+        gate: gated_delta::Gate::None,
+        beta: View::new(&beta, [b, t, hv])?,
+        cu_seqlens: None,
+        head_map: gated_delta::HeadMap::Grouped,
+        qk_l2norm: Some(gated_delta::L2_NORM_EPS),
+        scale: 0.25,
+    };
+    gated_delta::run(args, &Exec::default())?;
+    for device in devices() {
+        let (stream, q, keys, values) =
+            (device.stream()?, device.upload(&q)?, device.upload(&keys)?, device.upload(&values)?);
+        let (beta, mut pool, mut o) =
+            (device.upload(&beta)?, device.upload(&pool)?, device.zeros::<E>(b * t * hv * v)?);
+        let args = gated_delta::Args {
+            o: o.view_mut([b, t, hv, v])?,
+            snapshots: None,
+            state: gated_delta::State::InPlace { pool: pool.view_mut([b, hv, v, k])?, slots: None },
+            q: q.view([b, t, hk, k])?,
+            k: keys.view([b, t, hk, k])?,
+            v: values.view([b, t, hv, v])?,
+            gate: gated_delta::Gate::None,
+            beta: beta.view([b, t, hv])?,
+            cu_seqlens: None,
+            head_map: gated_delta::HeadMap::Grouped,
+            qk_l2norm: Some(gated_delta::L2_NORM_EPS),
+            scale: 0.25,
+        };
+        gated_delta::queue(args, &stream)?;
+        let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        for (i, (&o, expected)) in o.download()?.iter().zip(&expected).enumerate() {
+            let off = (wide(o) - expected).abs();
+            assert!(off <= unit * expected.abs() + 1e-4 * largest, "o[{i}]: {}, in f32 {expected}", wide(o));
+        }
+        for (i, (state, expected)) in pool.download()?.iter().zip(&expected_pool).enumerate() {
+            assert!((state - expected).abs() <= 1e-4, "state[{i}]: {state}, in f32 {expected}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn delta_rule_in_16_bits() -> Result<(), Error> {
+    delta_rule_of(bf16::from_f32, bf16::to_f32, 1.0 / 256.0)?;
+    delta_rule_of(f16::from_f32, f16::to_f32, 1.0 / 2048.0)
+}
+
+/// The kernel that chooses by the sizes of a call: one that no name of a variant stands for.
+#[cfg(feature = "cuda-host")]
+#[test]
+fn the_chooser_of_the_delta_rule_passes_its_checks() {
+    use qwen3next_verify::cases::gated_delta::GatedDelta;
+    use qwen3next_verify::suite::{assert_passed, run_on, Options};
+    let device: &'static Device = Box::leak(Box::new(Device::executor()));
+    for check in ["reference", "split", "alone"] {
+        let (check, variant) = (Some(check.into()), Some("cuda".into()));
+        let options = Options { check, variant, ..Options::quick() };
+        assert_passed(&run_on::<GatedDelta>(&options, &qwen3next_kernels::Variant::staged(device)).unwrap());
+    }
 }
 
 #[test]

@@ -54,6 +54,7 @@ fn a_right_kernel_passes_every_check() {
     assert_eq!(code, 0, "{report}{errors}");
     assert!(report.contains("my_gated_delta") && report.contains(" checks passed, 0 failed, 0 skipped"), "{report}");
     assert!(!report.contains("recurrent_scalar"), "built-in variants are not asked about: {report}");
+    assert!(report.contains("; not taken: dtype bf16 (") && report.contains(", dtype f16 ("), "{report}");
 }
 
 #[test]
@@ -126,7 +127,7 @@ fn a_crash_is_a_failure_of_its_case() {
 #[test]
 fn a_write_outside_the_output_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let library = compile(folder.path(), "outside", &spoilt("if (a->o && a->T > 1) a->o[-1] = 0.0f;"));
+    let library = compile(folder.path(), "outside", &spoilt("if (a->o && a->T > 1) ((float *)a->o)[-1] = 0.0f;"));
     let (code, report, errors) = judge("gated_delta", &format!("{}:spoilt", library.display()), &["--quick"]);
     assert_eq!(code, 1, "{report}{errors}");
     assert!(
@@ -134,6 +135,58 @@ fn a_write_outside_the_output_is_named() {
         "{report}"
     );
     reproducer(&report, "reference");
+}
+
+#[test]
+fn a_kernel_that_takes_a_type_is_tested_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (wide, narrow) = ("#include <math.h>\n#include <stdlib.h>\n", "static float narrow(uint16_t h) {");
+    // bf16 through floats of its own, by all tokens at once: o is rounded to the nearest or not at all.
+    let through = |rounding: &str| {
+        format!(
+            "{wide}#include \"gated_delta.c\"
+            {narrow} union {{ uint32_t u; float f; }} x = {{(uint32_t)h << 16}}; return x.f; }}
+            static float *widened(const void *x, int64_t n) {{
+              float *y = malloc((size_t)n * 4 + 4);
+              for (int64_t i = 0; i < n; i++) y[i] = narrow(((const uint16_t *)x)[i]);
+              return y;
+            }}
+            static int64_t reach(int64_t b, int64_t b_s, int64_t t, int64_t t_s, int64_t h, int64_t h_s, int64_t n) {{
+              return b && t && h && n ? (b - 1) * b_s + (t - 1) * t_s + (h - 1) * h_s + n : 0;
+            }}
+            int64_t taking_items(const q3n_gated_delta_args *a) {{ return my_gated_delta_items(a) ? 1 : 0; }}
+            int64_t taking_scratch_bytes(const q3n_gated_delta_args *a) {{ return my_gated_delta_scratch_bytes(a); }}
+            q3n_status taking(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {{
+              (void)begin; (void)end;
+              if (a->dtype == Q3N_F32) return my_gated_delta(a, 0, my_gated_delta_items(a), scratch);
+              if (a->dtype != Q3N_BF16) return q3n_fail(Q3N_DTYPE, Q3N_ARG_DTYPE);
+              q3n_gated_delta_args f = *a;
+              const int64_t rows = a->cu_seqlens ? 1 : a->B;
+              float *q = widened(a->q, reach(rows, a->q_b, a->T, a->q_t, a->HK, a->q_h, a->K));
+              float *k = widened(a->k, reach(rows, a->k_b, a->T, a->k_t, a->HK, a->k_h, a->K));
+              float *v = widened(a->v, reach(rows, a->v_b, a->T, a->v_t, a->HV, a->v_h, a->V));
+              float *o = malloc((size_t)reach(rows, a->o_b, a->T, a->o_t, a->HV, a->o_h, a->V) * 4 + 4);
+              f.q = q, f.k = k, f.v = v, f.o = o, f.dtype = Q3N_F32;
+              const q3n_status status = my_gated_delta(&f, 0, my_gated_delta_items(&f), scratch);
+              for (int64_t b = 0; b < rows; b++) for (int64_t t = 0; t < a->T; t++) for (int64_t h = 0; h < a->HV; h++)
+              for (int64_t j = 0; j < a->V; j++) {{
+                const int64_t at = b * a->o_b + t * a->o_t + h * a->o_h + j;
+                union {{ float f; uint32_t u; }} x = {{o[at]}};
+                ((uint16_t *)a->o)[at] = (uint16_t)(x.f == x.f ? (x.u + ({rounding})) >> 16 : 0x7fc0);
+              }}
+              free(q), free(k), free(v), free(o);
+              return status;
+            }}"
+        )
+    };
+    for (name, rounding, wanted) in [("nearest", "0x7fffu + (x.u >> 16 & 1u)", 0), ("toward_zero", "0u", 1)] {
+        let library = compile(folder.path(), name, &through(rounding));
+        let plugin = format!("{}:taking", library.display());
+        let (code, report, errors) = judge("gated_delta", &plugin, &["--check", "reference"]);
+        assert_eq!(code, wanted, "{name}: {report}{errors}");
+        assert!(!report.contains("dtype bf16 (") && report.contains("dtype f16 ("), "{name}: {report}");
+        assert_eq!(wanted == 1, report.contains("dtype=bf16"), "{name}: {report}");
+    }
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! `qwen3next bench op`: the variants of an operator side by side, on inputs they have just been verified on.
 
+use super::bench_peers::Peers;
 use crate::Done;
 use anyhow::{bail, ensure, Context};
 use qwen3next_kernels::{Exec, Isa, Operator, Variant};
 use qwen3next_verify::cases::attention::KvType;
+use qwen3next_verify::cases::gated_delta::Dtype;
 use qwen3next_verify::cases::norm::Kind;
 use qwen3next_verify::cases::quant::{Form, Type};
 use qwen3next_verify::compare::{Failure, Metrics};
@@ -30,6 +32,10 @@ pub struct Args {
     /// With --backend cuda: leave the L2 cache as the launch before left it, instead of flushing it before each.
     #[arg(long)]
     warm: bool,
+    /// With --backend cuda: also what torch, flash-linear-attention, flashinfer and causal-conv1d offer, where python3 has
+    /// them, each verified first (benches/peers/cuda_ops.py).
+    #[arg(long)]
+    peers: bool,
     /// Only these variants, separated by commas; the first one is the base of the ratios.
     #[arg(long, value_delimiter = ',')]
     variant: Vec<String>,
@@ -53,7 +59,7 @@ pub struct Args {
     /// E/K:FxD, gather, add and kv_store N, delta_gates HKxHV, row_gate D. By default those of the 80B-A3B model.
     #[arg(long, value_delimiter = ',')]
     shape: Vec<String>,
-    /// Types of weights or cache, separated by commas.
+    /// Types of weights or cache, separated by commas; gated_delta: of q, k, v and o, f32 or for CUDA kernels bf16, f16.
     #[arg(long, value_delimiter = ',')]
     dtype: Vec<String>,
     /// Threads.
@@ -80,6 +86,9 @@ pub struct Args {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     #[arg(skip)]
     device: Option<&'static qwen3next_kernels::device::Device>,
+    /// Those of --peers, once they are found.
+    #[arg(skip)]
+    others: Option<Peers>,
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -129,7 +138,9 @@ struct Point<T> {
 }
 
 pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
-    ensure!(args.backend == Backend::Cuda || !args.warm, "--warm: is for --backend cuda");
+    for (flag, given) in [("--warm", args.warm), ("--peers", args.peers)] {
+        ensure!(args.backend == Backend::Cuda || !given, "{flag}: is for --backend cuda");
+    }
     if args.backend == Backend::Cuda {
         ensure!(args.plugin.is_empty(), "--plugin: runs on the CPU, not with --backend cuda");
         args.lines(true)?;
@@ -139,6 +150,9 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
         let missing = Some("built without the feature cuda");
         if let Some(why) = missing {
             return skipped(&args.output, &why);
+        }
+        if args.peers {
+            args.others = Some(Peers::find(args.sizes_of_heads()?)?);
         }
     }
     if !args.plugin.is_empty() {
@@ -156,9 +170,25 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
     let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
     super::bench::warn_of_others();
     let lines = args.lines(false)?;
+    let notes = args.others.as_ref().map(Peers::notes).unwrap_or_default();
+    if args.output == "csv" {
+        notes.iter().for_each(|note| eprintln!("{note}"));
+    }
     let out = &mut std::io::stdout().lock();
     match args.output.as_str() {
-        "md" => table(&lines, out)?,
+        "md" => {
+            table(&lines, out)?;
+            if args.peers {
+                writeln!(
+                    out,
+                    "with a type in brackets: others' code, on inputs of that type, which agreed with float64 in the same run; \
+                     GB/s count its own bytes"
+                )?;
+            }
+            for note in &notes {
+                writeln!(out, "{note}")?;
+            }
+        }
         "csv" => {
             writeln!(
                 out,
@@ -207,6 +237,7 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
                     }
                     row
                 })
+                .chain(notes.iter().map(|note| note.json(&args.op)))
                 .collect();
             writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
         }
@@ -233,14 +264,14 @@ fn skipped(output: &str, why: &impl std::fmt::Display) -> anyhow::Result<Done> {
 
 /// The delta rule's variants on one thread, in the 80B-A3B model's heads.
 pub fn delta_rule(tokens: &[usize], samples: usize) -> anyhow::Result<Vec<Line>> {
-    let points = tokens.iter().map(|&t| delta_point(1, t, 16, 32, 128)).collect();
+    let points = tokens.iter().map(|&t| delta_point(1, t, 16, 32, 128, Dtype::F32)).collect();
     measure(points, &chosen::<qwen3next_kernels::gated_delta::Op>(&[])?, 1, samples)
 }
 
-fn delta_point(b: usize, t: usize, hk: usize, hv: usize, d: usize) -> Point<gated_delta::GatedDelta> {
-    let make = Box::new(move || Ok(gated_delta::GatedDelta::batch(b, t, hk, hv, d)));
+fn delta_point(b: usize, t: usize, hk: usize, hv: usize, d: usize, dtype: Dtype) -> Point<gated_delta::GatedDelta> {
+    let make = Box::new(move || Ok(gated_delta::GatedDelta::batch(b, t, hk, hv, d, dtype)));
     let batch = if b == 1 { String::new() } else { format!("{b} of ") };
-    Point { tokens: t, shape: format!("{batch}{hk}/{hv}x{d}"), dtype: "f32".into(), make }
+    Point { tokens: t, shape: format!("{batch}{hk}/{hv}x{d}"), dtype: dtype.to_string(), make }
 }
 
 /// The numbers of a shape `AxB`, `A/B:CxD` ..., whose separators are those of `form`.
@@ -268,7 +299,7 @@ impl Args {
         match self.op.as_str() {
             "gated_delta" => {
                 self.takes_no(&[("--shape", !self.shape.is_empty())])?;
-                self.only_f32()?;
+                let dtypes = self.token_types()?;
                 let [hk, hv] = sizes("--heads", self.heads.as_deref().unwrap_or("16/32"), "HK/HV")?;
                 ensure!(hv % hk == 0 && hv <= 1024, "--heads {hk}/{hv}: expected HV a multiple of HK, up to 1024");
                 let d = self.dim(128, 1024)?;
@@ -277,7 +308,8 @@ impl Args {
                 let fits =
                     b.checked_mul(hv * d * d).is_some_and(|n| n <= 1 << 30) && tokens.iter().all(|t| b * t <= 1 << 19);
                 ensure!(fits, "--batch {b}: expected up to 524288 tokens in all, and states of up to 2^30 elements");
-                self.measure(only_check, tokens.into_iter().map(|t| delta_point(b, t, hk, hv, d)).collect())
+                let each = dtypes.iter().flat_map(|dtype| tokens.iter().map(move |t| (*t, *dtype)));
+                self.measure(only_check, each.map(|(t, dtype)| delta_point(b, t, hk, hv, d, dtype)).collect())
             }
             "solve_tri" => {
                 self.no_heads()?;
@@ -487,10 +519,40 @@ impl Args {
         }
     }
 
+    /// Those of gated_delta's tokens.
+    fn token_types(&self) -> anyhow::Result<Vec<Dtype>> {
+        let kernels = self.backend == Backend::Cuda
+            || !self.variant.is_empty() && self.variant.iter().all(|name| name.contains("cuda"));
+        let parsed = |name: &String| -> anyhow::Result<Dtype> {
+            let dtype = name.parse().map_err(|e| anyhow::anyhow!("--dtype {name}: {e}"))?;
+            ensure!(
+                kernels || dtype == Dtype::F32,
+                "--dtype {name}: expected f32, or the CUDA kernels of --backend cuda"
+            );
+            Ok(dtype)
+        };
+        match self.dtype.is_empty() {
+            true => Ok(vec![Dtype::F32]),
+            false => self.dtype.iter().map(parsed).collect(),
+        }
+    }
+
     fn query_heads(&self) -> anyhow::Result<[usize; 2]> {
         let [hq, hkv] = sizes("--heads", self.heads.as_deref().unwrap_or("16/2"), "HQ/HKV")?;
         ensure!(hq % hkv == 0 && hq <= 1024, "--heads {hq}/{hkv}: expected HQ a multiple of HKV, up to 1024");
         Ok([hq, hkv])
+    }
+
+    /// What a peer's case holds beside its shape.
+    fn sizes_of_heads(&self) -> anyhow::Result<serde_json::Value> {
+        Ok(match self.op.as_str() {
+            "gated_delta" => json!({ "batch": self.batch }),
+            "attention" => {
+                let [hq, hkv] = self.query_heads()?;
+                json!({ "heads": format!("{hq}/{hkv}"), "dim": self.dim(256, 512)? })
+            }
+            _ => json!({}),
+        })
     }
 
     fn dim(&self, default: usize, most: usize) -> anyhow::Result<usize> {
@@ -571,7 +633,8 @@ impl Args {
         }
         #[cfg(any(feature = "cuda", feature = "cuda-host"))]
         if let Some(device) = self.device {
-            return measure_on(device, points, &self.variant, self.repetitions.unwrap_or(100), self.warm);
+            let samples = self.repetitions.unwrap_or(100);
+            return measure_on(device, points, &self.variant, samples, self.warm, self.others.as_ref());
         }
         let mut variants = chosen::<T::Op>(&self.variant)?;
         if only_check {
@@ -684,7 +747,7 @@ fn measure<T: Timed + Send>(
     Ok(lines)
 }
 
-/// Verifies the kernels of that device at every point, of these names or all, and times their launches.
+/// Verifies the kernels of that device at every point, of these names or all, and times their launches; then the others.
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 fn measure_on<T: Timed>(
     device: &'static qwen3next_kernels::device::Device,
@@ -692,6 +755,7 @@ fn measure_on<T: Timed>(
     names: &[String],
     samples: usize,
     warm: bool,
+    others: Option<&Peers>,
 ) -> anyhow::Result<Vec<Line>> {
     let op = T::Op::NAME;
     let times: &'static _ = Box::leak(Box::new(qwen3next_kernels::device::Times::new(samples, !warm)));
@@ -742,6 +806,26 @@ fn measure_on<T: Timed>(
                 roof: Roof { name: "copy", fraction: gbs / on.copy },
                 metrics,
                 in_graph: times.take_in_graph().map(|ns| ns / 1e9),
+                device: Some(on.clone()),
+            });
+        }
+        for row in others.map(|o| o.measure([op, &shape, &dtype], tokens, samples, warm)).unwrap_or_default() {
+            let (min, median) = (row.seconds[0], row.seconds[row.seconds.len() / 2]);
+            let gbs = row.bytes / median / 1e9;
+            lines.push(Line {
+                op,
+                variant: row.name.leak(),
+                dtype: row.dtype,
+                shape: shape.clone(),
+                tokens,
+                threads: 0,
+                time: Time { median, min, samples: row.seconds.len() },
+                ratio: lines[first].time.median / median,
+                gflops: work.ops / median / 1e9,
+                gbs,
+                roof: Roof { name: "copy", fraction: gbs / on.copy },
+                metrics: row.metrics,
+                in_graph: row.in_graph,
                 device: Some(on.clone()),
             });
         }
@@ -850,8 +934,8 @@ mod tests {
     #[test]
     fn kernels_are_timed_on_a_device() -> anyhow::Result<()> {
         let device: &'static Device = Box::leak(Box::new(Device::executor()));
-        let points = || vec![delta_point(2, 3, 1, 2, 32), delta_point(1, 1, 1, 2, 32)];
-        let lines = measure_on(device, points(), &[], 3, false)?;
+        let points = || vec![delta_point(2, 3, 1, 2, 32, Dtype::F32), delta_point(1, 1, 1, 2, 32, Dtype::BF16)];
+        let lines = measure_on(device, points(), &[], 3, false, None)?;
         let kernels = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device);
         assert_eq!(lines.len(), 2 * kernels.len());
         for line in &lines {
@@ -859,19 +943,66 @@ mod tests {
             assert!(line.roof.fraction > 0.0 && line.metrics.bound_multiple <= 1.0);
         }
         assert_eq!((lines[0].shape.as_str(), lines[0].ratio), ("2 of 1/2x32", 1.0));
+        assert_eq!(lines.iter().filter(|l| l.dtype == "bf16").count(), kernels.len());
+        // Bytes at the same time: q, k, two heads of v and o in 2 bytes an element, g and β, the states in and out.
+        let bytes = (2 * (2 * 32 + 2 * 64) + 4 * (2 + 2) + 2 * 4 * 2 * 32 * 32) as f64;
+        let last = &lines[lines.len() - 1];
+        assert!((last.gbs * last.time.median * 1e9 / bytes - 1.0).abs() < 1e-6, "{}", last.gbs);
         let mut text = Vec::new();
         table(&lines, &mut text)?;
         let text = String::from_utf8(text)?;
         assert!(text.contains("% copy") && text.contains("host executor, no driver"), "{text}");
 
         let one = kernels[0].name().to_string();
-        let warm = measure_on(device, points(), &[one], 1, true)?;
+        let warm = measure_on(device, points(), &[one], 1, true, None)?;
         assert!(warm.len() == 2 && warm.iter().all(|l| l.in_graph.is_some_and(|seconds| seconds > 0.0)));
         let mut text = Vec::new();
         table(&warm, &mut text)?;
         assert!(String::from_utf8(text)?.contains("graph: a launch of many"));
-        let unknown = measure_on(device, points(), &["none".to_string()], 1, true);
+        let unknown = measure_on(device, points(), &["none".to_string()], 1, true, None);
         assert!(unknown.err().unwrap().to_string().contains("--variant none: expected one of"));
+        Ok(())
+    }
+
+    /// Others' rows stand under ours, against the first of ours at the same point.
+    #[cfg(unix)]
+    #[test]
+    fn peers_stand_in_the_table() -> anyhow::Result<()> {
+        let device: &'static Device = Box::leak(Box::new(Device::executor()));
+        let kernel = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device)[0].name().to_string();
+        let (_file, others) = super::super::bench_peers::tests::fake(
+            r#"echo '{"timed": {"peer": "slow (bf16)", "dtype": "bf16", "seconds": [9, 8], "graph_s": 7, "bytes": 16e9,' \
+            '"row_l2": 0.01, "limit": 0.05}}'"#,
+        );
+        let points = vec![delta_point(1, 1, 1, 2, 32), delta_point(2, 1, 1, 2, 32)];
+        let lines = measure_on(device, points, &[kernel], 1, true, Some(&others))?;
+        let named: Vec<_> = lines.iter().map(|l| (l.variant.contains("slow"), l.shape.as_str())).collect();
+        let (one, two) = ("1/2x32", "2 of 1/2x32");
+        assert_eq!(named, [(false, one), (true, one), (false, two), (true, two)]);
+        let (ours, slow) = (&lines[2], &lines[3]);
+        assert_eq!((slow.time.median, slow.time.min, slow.time.samples, slow.gbs), (9.0, 8.0, 2, 16.0 / 9.0));
+        assert_eq!((slow.ratio, slow.dtype.as_str(), slow.in_graph), (ours.time.median / 9.0, "bf16", Some(7.0)));
+        assert!(others.notes().is_empty(), "{:?}", others.notes());
+        let mut text = Vec::new();
+        table(&lines, &mut text)?;
+        let text = String::from_utf8(text)?;
+        assert!(text.lines().any(|l| l.starts_with("| slow (bf16)") && l.contains("9000000.0")), "{text}");
+        Ok(())
+    }
+
+    /// The script's own words, with what torch can do on a CPU.
+    #[test]
+    #[ignore = "python3 has to have torch"]
+    fn torch_stands_in_the_table() -> anyhow::Result<()> {
+        let device: &'static Device = Box::leak(Box::new(Device::executor()));
+        let kernel = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device)[0].name().to_string();
+        let others = super::super::bench_peers::tests::on_cpu()?;
+        let lines = measure_on(device, vec![delta_point(1, 3, 1, 2, 32)], &[kernel], 2, false, Some(&others))?;
+        let mut text = Vec::new();
+        table(&lines, &mut text)?;
+        println!("{}{:?}", String::from_utf8(text)?, others.notes());
+        assert_eq!(lines.iter().map(|l| l.variant).skip(1).collect::<Vec<_>>(), ["torch chunks (f32)"]);
+        assert!(lines[1].metrics.bound_multiple < 0.1 && lines[1].roof.fraction > 0.0);
         Ok(())
     }
 }

@@ -75,6 +75,7 @@ const fn pending(id: &'static str, bug: &'static str, why: &'static str) -> Muta
 }
 
 const PARTS: &str = "gated_delta/gated_delta_parts.h";
+const HALF_CUDA: &str = "cuda/half.cuh";
 const RECURRENT: &str = "gated_delta/gated_delta_scalar.c";
 const UNFUSED: &str = "gated_delta/gated_delta_unfused.c";
 const ATTENTION: &str = "attention/attention_scalar.c";
@@ -267,6 +268,13 @@ pub const CATALOGUE: &[Mutant] = &[
             "q3n_f16_to_f32(q3n_load_u16(p + 2 * i))",
             "q3n_bf16_to_f32(q3n_load_u16(p + 2 * i))",
         )],
+    ),
+    cuda(
+        "15c",
+        "the same of queries, keys and values in a CUDA kernel",
+        "gated_delta",
+        "recurrent_cuda_host",
+        &[at(HALF_CUDA, "return t == Q3N_BF16 ? q3n_bf16_float(h) : q3n_half_float(h);", "return q3n_bf16_float(h);")],
     ),
     cuda(
         "16a",
@@ -627,4 +635,11 @@ pub const CATALOGUE: &[Mutant] = &[
         )],
     ),
     model("38", "the shared expert is added without its gate"),
+    cuda(
+        "39",
+        "outputs of bf16 are cut off, not rounded to the nearest",
+        "gated_delta",
+        "recurrent_cuda_host",
+        &[at(HALF_CUDA, "(u + 0x7fffu + (u >> 16 & 1u)) >> 16", "u >> 16")],
+    ),
 ];

@@ -161,6 +161,10 @@ pub enum Form {
     Chunked(usize),
     /// The same on CUDA tensor cores: of bf16 inputs every product is one of bf16, f32 factors in two parts.
     TensorCores(usize),
+    /// As on tensor cores, in 2 to 16 segments of whole chunks: a state passes over inner ones as S M + L.
+    Segmented(usize),
+    /// Any of these and token by token, as a launcher chooses by the sizes of a call.
+    Any(usize),
     /// Chunks of so many tokens, (I + A) solved for U and W.
     Split(usize),
 }
@@ -171,9 +175,11 @@ impl Form {
         let digits: String =
             variant.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
         match variant.split(|c: char| !c.is_ascii_alphabetic()).next() {
-            Some("chunked" | "segmented") if variant.contains("cuda") => Form::TensorCores(digits.parse().unwrap_or(64)),
+            Some("chunked") if variant.contains("cuda") => Form::TensorCores(digits.parse().unwrap_or(64)),
+            Some("segmented") => Form::Segmented(digits.parse().unwrap_or(64)),
             Some("chunked") => Form::Chunked(digits.parse().unwrap_or(64)),
             Some("unfused") => Form::Split(64),
+            Some("cuda") => Form::Any(64),
             _ => Form::Recurrent,
         }
     }
@@ -182,8 +188,18 @@ impl Form {
     pub fn chunk(self) -> usize {
         match self {
             Form::Recurrent => 1,
-            Form::Chunked(n) | Form::TensorCores(n) | Form::Split(n) => n,
+            Form::Chunked(n) | Form::TensorCores(n) | Form::Split(n) | Form::Segmented(n) | Form::Any(n) => n,
         }
+    }
+
+    /// Whether a call that is cut at the edge of a chunk gives the same bits: not where its length decides more.
+    pub fn may_be_cut(self) -> bool {
+        !matches!(self, Form::Segmented(_) | Form::Any(_))
+    }
+
+    /// Whether a sequence gives the same bits whatever is packed beside it.
+    pub fn may_be_packed(self) -> bool {
+        !matches!(self, Form::Any(_))
     }
 }
 
@@ -212,6 +228,12 @@ const BOTH: f64 = 4.0;
 /// Tokens of a diagonal block of A, whose inverse is a factor on tensor cores.
 const BLOCK: usize = 16;
 
+/// Segments of a sequence.
+const SEGMENTS: std::ops::RangeInclusive<usize> = 2..=16;
+
+/// What a product S M leaves out: S is a factor whole, M in two parts of 11 digits, with the product of their rests.
+const CROSSING: f64 = 1.0 / (1u64 << 20) as f64;
+
 /// What an f32 kernel of this form may be off, to first order. With E the error of a state row before a token, x its
 /// decayed value and δ the errors of single operations, the error after the token is
 ///
@@ -223,23 +245,30 @@ const BLOCK: usize = 16;
 /// a decay over d tokens is off by d (EXP + u). Chunks start anew at `restart`, where a call was split.
 ///
 /// On tensor cores with inputs of bf16, keys and queries are factors as they are, but S, u, A and P are two bf16: σ
-/// ([`SPLIT`]) of |S||k|, |S||q| and |u||k|, 4 σ of |A||u| and |P||u| ([`BOTH`]) are left out. In a diagonal block D of A
-/// u is found as w + ((I + D)⁻¹ − I) w, w = (I + D) u: 4 σ of that product's terms, an error e of the block's u itself,
-/// which later tokens see as they see u, through (I + A)⁻¹ (I + D) e.
+/// ([`SPLIT`]) of |S||k| and |S||q|, 4 σ of |A||u| and |P||u| ([`BOTH`]) are left out, and 2 σ of |u||k| on the way into the
+/// state: u is two parts, and its product with a decay is two again. In a diagonal block D of A u is found as
+/// w + ((I + D)⁻¹ − I) w, w = (I + D) u: 4 σ of that product's terms, an error e of the block's u itself, which later
+/// tokens see as they see u, through (I + A)⁻¹ (I + D) e.
+///
+/// In segments, the first one and the one that outputs are asked of go chunk by chunk. Over those in between the error E of
+/// a row becomes ‖M‖ E + Σ |S_k| δM_k + δL + the product's rounding, δL and δM_k what a segment adds that starts from zero or
+/// from row k of the identity and is written nothing. How many segments there are is the kernel's: the worst counts.
 ///
 /// Last, o is rounded to `dtype`.
 pub fn bounds(head: &Head, trace: &Trace, form: Form, dtype: Dtype, restart: usize) -> Bounds {
     let (tokens, channels) = head.v.dim();
+    match form {
+        Form::Segmented(n) => return segmented_bounds(head, trace, n, dtype, restart),
+        Form::Any(n) => {
+            // Errors of the one carried into the other only add.
+            let [a, b] = [Form::Recurrent, Form::Segmented(n)].map(|form| bounds(head, trace, form, dtype, restart));
+            return Bounds { o: a.o + b.o, snapshots: a.snapshots + b.snapshots, state: a.state + b.state };
+        }
+        _ => {}
+    }
     let size = form.chunk();
-    let split = match (form, dtype) {
-        (Form::TensorCores(_), Dtype::BF16) => SPLIT,
-        _ => 0.0,
-    };
-    let mut b = Bounds {
-        o: Array2::zeros((tokens, channels)),
-        snapshots: Array2::zeros((tokens, channels)),
-        state: Array1::zeros(channels),
-    };
+    let split = split_of(form, dtype);
+    let mut b = Bounds::zeros(tokens, channels);
     let common = Common::new(head);
     let mut t = 0;
     while t < tokens {
@@ -250,13 +279,107 @@ pub fn bounds(head: &Head, trace: &Trace, form: Form, dtype: Dtype, restart: usi
         }
         t = end;
     }
-    // Products of two errors are left out above; they are smaller by a factor of some hundred u.
-    b.o *= 1.001;
-    b.snapshots *= 1.001;
-    b.state *= 1.001;
-    let (unit, smallest) = dtype.rounding();
-    b.o.zip_mut_with(&trace.o, |bound, o| *bound += unit * (o.abs() + *bound) + smallest);
-    b
+    b.finished(trace, dtype)
+}
+
+/// What the parts of an f32 factor leave out of it.
+fn split_of(form: Form, dtype: Dtype) -> f64 {
+    match (form, dtype) {
+        (Form::TensorCores(_), Dtype::BF16) => SPLIT,
+        _ => 0.0,
+    }
+}
+
+impl Bounds {
+    fn zeros(tokens: usize, channels: usize) -> Bounds {
+        Bounds {
+            o: Array2::zeros((tokens, channels)),
+            snapshots: Array2::zeros((tokens, channels)),
+            state: Array1::zeros(channels),
+        }
+    }
+
+    fn finished(mut self, trace: &Trace, dtype: Dtype) -> Bounds {
+        // Products of two errors are left out before; they are smaller by a factor of some hundred u.
+        self.o *= 1.001;
+        self.snapshots *= 1.001;
+        self.state *= 1.001;
+        let (unit, smallest) = dtype.rounding();
+        self.o.zip_mut_with(&trace.o, |bound, o| *bound += unit * (o.abs() + *bound) + smallest);
+        self
+    }
+
+    fn at_least(&mut self, other: &Bounds) {
+        self.o.zip_mut_with(&other.o, |a, b| *a = a.max(*b));
+        self.snapshots.zip_mut_with(&other.snapshots, |a, b| *a = a.max(*b));
+        self.state.zip_mut_with(&other.state, |a, b| *a = a.max(*b));
+    }
+}
+
+/// The worst of all cuts into segments, of each of the two calls that `restart` makes.
+fn segmented_bounds(head: &Head, trace: &Trace, n: usize, dtype: Dtype, restart: usize) -> Bounds {
+    let (tokens, channels) = head.v.dim();
+    let (form, common) = (Form::TensorCores(n), Common::new(head));
+    let split = split_of(form, dtype);
+    let mut worst = Bounds::zeros(tokens, channels);
+    let mut seen = std::collections::BTreeSet::new();
+    for segments in SEGMENTS {
+        let length = |tokens: usize| tokens.div_ceil(n).div_ceil(segments) * n;
+        let calls = [(restart, length(restart)), (tokens, length(tokens - restart))];
+        if !seen.insert(calls) {
+            continue;
+        }
+        let mut b = Bounds::zeros(tokens, channels);
+        let mut t = 0;
+        for (call_end, length) in calls {
+            let (first, mut start) = (t, b.state.clone());
+            while t < call_end {
+                let end = (t + length).min(call_end);
+                b.state.assign(&start);
+                for chunk in (t..end).step_by(n) {
+                    chunk_bounds(head, trace, &common, (form, split), chunk..(chunk + n).min(end), &mut b);
+                }
+                start = match t == first || end == call_end {
+                    true => b.state.clone(),
+                    false => crossed(head, trace, &common, (form, dtype), t..end, &start),
+                };
+                t = end;
+            }
+        }
+        worst.at_least(&b);
+    }
+    worst.finished(trace, dtype)
+}
+
+/// The error of state rows after a segment that they passed over, given that before it.
+fn crossed(
+    head: &Head,
+    trace: &Trace,
+    c: &Common,
+    (form, dtype): (Form, Dtype),
+    tokens: Range<usize>,
+    before: &Array1<f64>,
+) -> Array1<f64> {
+    let (keys, channels) = (head.k.ncols(), head.v.ncols());
+    let rows = |x: &Array2<f64>| x.slice(s![tokens.clone(), ..]).to_owned();
+    let run = |state: Array2<f64>, v: Array2<f64>| {
+        let (q, k, g) = (rows(&head.q), rows(&head.k), rows(&head.g));
+        let beta = head.beta.slice(s![tokens.clone()]).to_owned();
+        let part = Head { q, k, v, g, beta, state, ..*head };
+        let trace = part.recurrent();
+        let error = bounds(&part, &trace, form, dtype, 0).state;
+        (trace.states.into_iter().next_back().expect("T + 1 states"), error)
+    };
+    let (local, local_error) = run(Array2::zeros((channels, keys)), rows(&head.v));
+    let (transfer, transfer_error) = run(Array2::eye(keys), Array2::zeros((tokens.len(), keys)));
+    let growth: f64 = tokens.clone().map(|t| growth(head, c, t)).product();
+    let state = trace.states[tokens.start].mapv(f64::abs);
+    let reach = transfer.rows().into_iter().map(norm).collect::<Array1<f64>>();
+    let product = state.dot(&(&transfer_error + &(reach * (gamma(4 * keys + 4) + CROSSING))));
+    Array1::from_shape_fn(channels, |j| {
+        let sum = norm(local.row(j)) + norm(trace.states[tokens.end].row(j));
+        growth * before[j] + product[j] + local_error[j] + U32 * sum + c.tiny * (1.0 + sum)
+    })
 }
 
 struct Common {
@@ -445,7 +568,8 @@ fn chunk_bounds(
         for j in 0..channels {
             b.o[[t, j]] = q_norm * carried[j] + off * q_state[[i, j]] + p_u[[i, j]] + c.tiny * (1.0 + u[[i, j]]);
             let x = norm(&(&trace.states[t].row(j) * &c.decay.row(t)));
-            replayed[j] = decay * replayed[j] + update_error(c, x, u[[i, j]], k_norm, u_error[[i, j]]);
+            let u_error = u_error[[i, j]] + split * u[[i, j]];
+            replayed[j] = decay * replayed[j] + update_error(c, x, u[[i, j]], k_norm, u_error);
             b.snapshots[[t, j]] = carried[j] + replayed[j];
         }
     }
@@ -456,7 +580,7 @@ fn chunk_bounds(
         let mut error = carried[j] + (n as f64 * step + gamma(n + 2)) * kept + c.tiny * (1.0 + kept);
         for i in 0..n {
             let key = norm(decayed.row(i));
-            let off = gamma(n + 4) + c.key + (n - 1 - i) as f64 * step + split;
+            let off = gamma(n + 4) + c.key + (n - 1 - i) as f64 * step + 2.0 * split;
             error += key * (off * u[[i, j]] + u_error[[i, j]]) + c.tiny * u[[i, j]];
         }
         b.state[j] = error;
@@ -502,5 +626,34 @@ mod tests {
         assert_eq!(Form::of("chunked128_scalar"), Form::Chunked(128));
         assert_eq!(Form::of("chunked64_cuda_host"), Form::TensorCores(64));
         assert_eq!(Form::of("unfused_scalar"), Form::Split(64));
+        assert_eq!(Form::of("recurrent_cuda"), Form::Recurrent);
+        assert_eq!(Form::of("segmented64_cuda"), Form::Segmented(64));
+        assert_eq!(Form::of("cuda"), Form::Any(64));
+    }
+
+    #[test]
+    fn types_and_their_parts_round_as_the_bounds_say() {
+        let mut rng = rng(5);
+        let numbers: Vec<f32> =
+            (0..40_000).map(|_| rng.random_range(1.0f32..2.0)).chain([1.00390625, 1.0019531]).collect();
+        for dtype in Dtype::ALL {
+            let (unit, smallest) = dtype.rounding();
+            let off = |x: f32| f64::from((x - dtype.round(x)).abs()) / f64::from(x);
+            let worst = numbers.iter().map(|&x| off(x)).fold(0.0, f64::max);
+            assert!(worst <= unit && worst >= 0.99 * unit, "{dtype}: {worst:e}, unit {unit:e}");
+            // Halfway to the smallest number, and a little more.
+            assert!(unit == 0.0 || dtype.round(smallest as f32) == 0.0 && dtype.round(1.01 * smallest as f32) > 0.0);
+        }
+        let parts = |x: f32| [Dtype::BF16.round(x), Dtype::BF16.round(x - Dtype::BF16.round(x))].map(f64::from);
+        let left_out = |x: f32| (f64::from(x) - parts(x).iter().sum::<f64>()).abs() / f64::from(x);
+        let worst = numbers.iter().map(|&x| left_out(x)).fold(0.0, f64::max);
+        assert!(worst <= SPLIT && worst > 0.9 * SPLIT, "{worst:e}");
+        let pairs = numbers.iter().zip(numbers.iter().rev()).chain([(&1.00390625, &1.00390625)]);
+        let worst = pairs.map(|(&x, &y)| {
+            let ([a, b], [c, d]) = (parts(x), parts(y));
+            (f64::from(x) * f64::from(y) - (a * c + a * d + b * c)).abs() / f64::from(x * y)
+        });
+        let worst = worst.fold(0.0, f64::max);
+        assert!(worst <= BOTH * SPLIT && worst > 0.4 * BOTH * SPLIT, "{worst:e}");
     }
 }
