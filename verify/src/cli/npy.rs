@@ -91,7 +91,7 @@ mod tests {
     /// What `numpy.save` (2.4.6) writes for a C-contiguous array.
     fn numpy(descr: &str, shape: &str, values: &[u8]) -> Vec<u8> {
         let text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}");
-        [b"\x93NUMPY\x01\x00\x76\x00", format!("{text:<117}\n").as_bytes(), values].concat()
+        [&b"\x93NUMPY\x01\x00\x76\x00"[..], format!("{text:<117}\n").as_bytes(), values].concat()
     }
 
     fn bytes(values: &[f32]) -> Vec<u8> {
