@@ -43,7 +43,7 @@ failed=0 skipped=0
 
 say() { printf '%s\n' "$*" >>"$out"; }
 
-# verdict NAME STATUS LOG: a line of a list. A command that skips its work says so in its first line, and exits with 0.
+# verdict NAME STATUS LOG: a line of a list. A command that skips its work says so, and exits with 0.
 verdict() {
   if [ "$2" = 124 ] || [ "$2" = 137 ]; then
     say "- FAILED: $1: not done after $step_s s"
@@ -51,8 +51,8 @@ verdict() {
   elif [ "$2" != 0 ]; then
     say "- FAILED: $1: exit status $2"
     failed=1
-  elif grep -q '^SKIPPED' "$3"; then
-    say "- $1: $(grep -m 1 '^SKIPPED' "$3")"
+  elif grep -q '^SKIPPED cuda' "$3"; then
+    say "- $1: $(grep -m 1 '^SKIPPED cuda' "$3")"
     skipped=$((skipped + 1))
     return
   else
@@ -136,7 +136,9 @@ sanitize() {
 
 # bench_of OPERATOR FLAG...
 bench_of() {
-  local name
+  local name step_s=$step_s
+  # Peers may compile themselves first.
+  case " $* " in *' --peers '*) step_s=$((3 * step_s)) ;; esac
   name=bench-$(echo "$*" | tr -c 'a-z0-9_\n' -)
   step "$name" "$command" bench op "$@" --backend cuda
   verdict "bench op $*" "$(cat "$logs/$name.status")" "$logs/$name"
@@ -148,26 +150,28 @@ bench() {
   say ''
   say '## Operators'
   say ''
-  bench_of gated_delta --tokens 1
-  bench_of gated_delta --tokens 1 --warm
-  bench_of gated_delta --tokens 1 --batch 128
-  bench_of gated_delta --tokens 1 --batch 512
-  bench_of gated_delta --tokens 2048,8192,32768 -r 20
-  bench_of gated_delta --tokens 8192 --batch 8 -r 20
+  bench_of gated_delta --tokens 1 --peers
+  bench_of gated_delta --tokens 1 --warm --peers
+  bench_of gated_delta --tokens 1 --batch 128 --peers
+  bench_of gated_delta --tokens 1 --batch 512 --peers
+  bench_of gated_delta --tokens 2048,8192,32768 -r 20 --peers
+  bench_of gated_delta --tokens 8192 --batch 8 -r 20 --peers
   bench_of matmul --form q8 --tokens 1 --shape 8192x2048,2048x4096,151936x2048
   bench_of matmul --form f32 --tokens 1 --shape 8192x2048
   bench_of matmul --form q8 --tokens 8,64,512 --shape 8192x2048 -r 20
-  bench_of moe_route --tokens 1,512
+  bench_of matmul --dtype bf16,f16 --tokens 1,512 --shape 8192x2048 -r 20 --peers
+  bench_of moe_route --tokens 1,512 --peers
   bench_of moe_group --tokens 1,512
   bench_of moe_up --form q8 --tokens 1,8,512 -r 20
   bench_of moe_down --form q8 --tokens 1,8,512 -r 20
-  bench_of attention --tokens 1 --shape 8192 --dtype f16,q8_0
-  bench_of attention --tokens 512 --shape 8192 --dtype f16 -r 20
+  bench_of attention --tokens 1 --shape 8192 --dtype f16 --peers
+  bench_of attention --tokens 1 --shape 8192 --dtype q8_0
+  bench_of attention --tokens 512 --shape 8192 --dtype f16 -r 20 --peers
   bench_of attention_merge --tokens 1
-  bench_of causal_conv --tokens 1,8192
-  bench_of norm --tokens 1,8192
+  bench_of causal_conv --tokens 1,8192 --peers
+  bench_of norm --tokens 1,8192 --peers
   bench_of rope --tokens 1,8192
-  bench_of solve_tri
+  bench_of solve_tri --peers
   bench_of dequantize
 }
 

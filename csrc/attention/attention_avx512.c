@@ -9,3 +9,10 @@ int64_t q3n_attention_avx512_scratch(const q3n_attention_args *a) { return tile_
 q3n_status q3n_attention_tile_avx512(const q3n_attention_args *a, int64_t begin, int64_t end, void *scratch) {
   return run_tiles(a, begin, end, scratch);
 }
+
+q3n_status q3n_attention_merge_avx512(const q3n_attention_merge_args *a, int64_t begin, int64_t end, void *scratch);
+
+q3n_status q3n_attention_merge_avx512(const q3n_attention_merge_args *a, int64_t begin, int64_t end, void *scratch) {
+  (void)scratch;
+  return run_merge(a, begin, end);
+}

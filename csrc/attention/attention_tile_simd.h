@@ -22,15 +22,18 @@ enum {
   ROWS = LANES / 2,
   PANEL = 2 * LANES,            /* keys or channels */
   KEYS = 64,
-  FEW = 8,                      /* rows that do not pay for panels */
-  WIDE = LANES / FEW            /* vectors of channels that their sums leave registers for */
+  FEW = 8,                      /* rows of a tile that is read where it lies */
+  NEAR = LANES == 16 ? 64 : 16, /* rows up to which panels do not pay; of q8_0, dear to convert, half */
+  MEMORY = 64,                  /* rows of several items together that there is memory for */
+  WIDE = LANES / FEW,           /* vectors of channels that their sums leave registers for */
+  MERGED = 8                    /* vectors of channels of a merge */
 };
 
 /* Scratch of an item. Rows are padded to groups, channels to panels. */
 typedef struct memory {
   int64_t P;        /* D rounded up to panels */
   int64_t chunk;    /* D / LANES rounded up */
-  float *q;         /* many rows: [groups][chunk x LANES, by place][ROWS]; few: [rows][P] */
+  float *q;         /* many rows: [groups][chunk x LANES, by place][ROWS]; few: [P / LANES][tile][LANES] */
   float *o;         /* [rows][P]: sum exp(s_j - max) v_j */
   float *max, *sum; /* [rows]: the largest score so far, sum exp(s_j - max) */
   float *rescale;   /* [rows]: what the block multiplies o by */
@@ -41,14 +44,18 @@ typedef struct memory {
   float *row;       /* [P]: one value as it lies in the cache */
 } memory;
 
-static int64_t padded_rows(const q3n_attention_args *a) {
+static int64_t padded(int64_t rows) { return (rows + FEW - 1) / FEW * FEW; }
+
+/* Rows that there is memory for: of the largest item, or of a few small ones. */
+static int64_t most_rows(const q3n_attention_args *a) {
   const int64_t queries = a->T < Q3N_ATTENTION_QUERIES ? a->T : Q3N_ATTENTION_QUERIES;
-  return (queries * (a->HQ / a->HKV) + ROWS - 1) / ROWS * ROWS;
+  const int64_t rows = padded(queries * (a->HQ / a->HKV)), all = a->HKV < MEMORY ? rows * a->HKV : MEMORY;
+  return rows > MEMORY ? rows : all < MEMORY ? all : MEMORY;
 }
 
 /* Lays the parts out from `at` on, and returns their bytes. */
 static int64_t layout(const q3n_attention_args *a, char *at, memory *m) {
-  const int64_t rows = padded_rows(a), P = (a->D + PANEL - 1) / PANEL * PANEL;
+  const int64_t rows = most_rows(a), P = (a->D + PANEL - 1) / PANEL * PANEL;
   const int64_t size[] = {rows * P, rows * P, rows, rows, rows, rows * KEYS, 2 * rows, P * PANEL, KEYS * PANEL, P};
   int64_t offset[10], bytes = 0;
   for (int i = 0; i < 10; i++) {
@@ -231,8 +238,8 @@ static inline __attribute__((always_inline)) void scores_of(int rows, const floa
   }
 }
 
-/* The same for all rows, at most FEW, from n <= KEYS keys as they lie in the cache, for queries [rows][P]. */
-static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype, int rows, const float *q, int64_t P,
+/* The same for all rows, at most FEW, from n <= KEYS keys as they lie in the cache. */
+static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype, int rows, const float *q,
                                                                  const void *cache, int64_t at, int64_t stride,
                                                                  int64_t n, int64_t D, float *p, ahead *next) {
   /* A tile takes `keys` keys. Key b of tile t is b tiles + t, so that a row's scores come to lie side by side. */
@@ -241,26 +248,29 @@ static inline __attribute__((always_inline)) void scores_near_of(q3n_dtype dtype
   for (int64_t j0 = 0; j0 < n; j0 += tiles * keys) {
     q3n_v sums[LANES];
     for (int t = 0; t < tiles; t++) {
-      q3n_v s[LANES];
+      q3n_v s[LANES], k[LANES];
       const void *row[LANES];
       for (int b = 0; b < keys; b++) {
         const int64_t j = j0 + b * tiles + t < n ? j0 + b * tiles + t : n - 1;
         row[b] = row_at(cache, dtype, at + j * stride);
         for (int r = 0; r < rows; r++) s[b * rows + r] = q3n_v_zero();
       }
+      const float *qd = q;
       int64_t d = 0;
-      for (; d + LANES <= D; d += LANES) {
-        q3n_v k[LANES];
+      for (; d + LANES <= D; d += LANES, qd += rows * LANES) {
         ask(&x);
         for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, LANES);
         for (int r = 0; r < rows; r++) {
-          const q3n_v qr = q3n_v_load(q + r * P + d);
+          q3n_v qr = q3n_v_load(qd + r * LANES);
+          if (Q3N_REGISTERS == 32) qr = q3n_v_keep(qr);
           for (int b = 0; b < keys; b++) s[b * rows + r] = q3n_v_fma(qr, k[b], s[b * rows + r]);
         }
       }
-      for (int b = 0; b < keys && d < D; b++) {
-        const q3n_v k = load_part(dtype, row[b], d, D - d);
-        for (int r = 0; r < rows; r++) s[b * rows + r] = q3n_v_fma(q3n_v_load(q + r * P + d), k, s[b * rows + r]);
+      if (d < D) {
+        for (int b = 0; b < keys; b++) k[b] = load_part(dtype, row[b], d, D - d);
+        for (int r = 0; r < rows; r++)
+          for (int b = 0; b < keys; b++)
+            s[b * rows + r] = q3n_v_fma(q3n_v_load(qd + r * LANES), k[b], s[b * rows + r]);
       }
       sums[t] = q3n_v_sums(s);
     }
@@ -368,7 +378,7 @@ static void values(int64_t rows, const float *p, const float *v, int64_t n, cons
 
 static void scores_near(const q3n_attention_args *a, const memory *m, int64_t rows, int64_t at, int64_t n,
                         ahead *next) {
-#define CALL(dtype, tile) scores_near_of(dtype, tile, m->q, m->P, a->k, at, a->k_s, n, a->D, m->p, next)
+#define CALL(dtype, tile) scores_near_of(dtype, tile, m->q, a->k, at, a->k_s, n, a->D, m->p, next)
   BY_TYPE_AND_ROWS(CALL)
 #undef CALL
 }
@@ -447,38 +457,54 @@ static void add_wild(const memory *m, int64_t from, int64_t rows, int64_t j, int
   }
 }
 
-/* The sink, the division, the gate. */
+/* The sink joins a row's sum, last; returns what the row's values are multiplied by. */
+static float add_sink(float sink, float *max, float *sum) {
+  if (sink == -INFINITY) return 1.0f;
+  const float old = *max;
+  if (sink > old) *max = sink;
+  const float rescale = *max == old ? 1.0f : old == -INFINITY ? 0.0f : expf(old - *max);
+  *sum = *sum * rescale + expf(sink - *max);
+  return rescale;
+}
+
+/* The division and the gate: o from a row's values x, which may be o. Returns lse. */
+static float divide(const float *x, float rescale, float max, float sum, const float *gate, float *o, int64_t D) {
+  const int empty = sum == 0.0f;
+  for (int64_t d = 0; d < D; d += LANES) {
+    q3n_v y = q3n_v_mul(q3n_v_load_upto(x + d, D - d), q3n_v_set(rescale));
+    /* + 0: a zero's sign would tell of values that the row does not see. */
+    y = q3n_v_add(q3n_v_div(y, q3n_v_set(sum)), q3n_v_zero());
+    if (empty) y = q3n_v_zero();
+    if (gate) y = q3n_v_mul(y, q3n_v_sigmoid(q3n_v_load_upto(gate + d, D - d)));
+    q3n_v_store_upto(o + d, D - d, y);
+  }
+  return empty ? -INFINITY : max + logf(sum);
+}
+
 static void finish(const q3n_attention_args *a, const q3n_attention_tile *tile, const memory *m, int64_t r) {
   const int64_t group = a->HQ / a->HKV, t = tile->packed + tile->first + r / group, h = tile->hkv * group + r % group;
   const float *gate = a->gate ? a->gate + tile->row * a->gate_b + t * a->gate_t + h * a->gate_h : NULL;
   float *o = a->o + tile->row * a->o_b + t * a->o_t + h * a->o_h;
-  float max = m->max[r], sum = m->sum[r], rescale = 1.0f;
-  if (a->sinks && a->sinks[h] != -INFINITY) {
-    const float old = max, sink = a->sinks[h];
-    if (sink > old) max = sink;
-    rescale = max == old ? 1.0f : old == -INFINITY ? 0.0f : expf(old - max);
-    sum = sum * rescale + expf(sink - max);
-  }
-  const int empty = sum == 0.0f;
-  for (int64_t d = 0; d < a->D; d += LANES) {
-    const q3n_v_mask lanes = q3n_v_first(a->D - d);
-    q3n_v x = q3n_v_mul(q3n_v_load(m->o + r * m->P + d), q3n_v_set(rescale));
-    /* + 0: a zero's sign would tell of values that the row does not see. */
-    x = q3n_v_add(q3n_v_div(x, q3n_v_set(sum)), q3n_v_zero());
-    if (empty) x = q3n_v_zero();
-    if (gate) x = q3n_v_mul(x, q3n_v_sigmoid(q3n_v_load_some(lanes, gate + d)));
-    q3n_v_store_some(o + d, lanes, x);
-  }
-  if (a->lse) a->lse[tile->row * a->lse_b + t * a->lse_t + h] = empty ? -INFINITY : max + logf(sum);
+  const float rescale = a->sinks ? add_sink(a->sinks[h], m->max + r, m->sum + r) : 1.0f;
+  const float lse = divide(m->o + r * m->P, rescale, m->max[r], m->sum[r], gate, o, a->D);
+  if (a->lse) a->lse[tile->row * a->lse_b + t * a->lse_t + h] = lse;
+}
+
+/* The memory of the rows from `row` on. */
+static memory rows_from(const memory *m, int64_t row) {
+  memory y = *m;
+  y.q += row * m->P;
+  y.o += row * m->P;
+  y.max += row;
+  y.sum += row;
+  y.rescale += row;
+  y.p += row * KEYS;
+  y.seen += row;
+  return y;
 }
 
 /* Row r's query, or zeros for a row that only fills its group. */
-static void place_query(const memory *m, int64_t r, const float *q, int64_t D, int few) {
-  if (few) {
-    float *to = m->q + r * m->P;
-    for (int64_t d = 0; d < m->P; d++) to[d] = q && d < D ? q[d] : 0.0f;
-    return;
-  }
+static void place_query(const memory *m, int64_t r, const float *q, int64_t D) {
   for (int64_t l = 0; l < LANES; l++) {
     float *to = m->q + r / ROWS * ROWS * m->P + place(l) * m->chunk * ROWS + r % ROWS;
     for (int64_t c = 0; c < m->chunk; c++) {
@@ -488,81 +514,235 @@ static void place_query(const memory *m, int64_t r, const float *q, int64_t D, i
   }
 }
 
+/* The same where keys are read from the cache, for the rows of a tile. */
+static void place_near(const memory *m, int64_t r, int64_t tile, const float *q, int64_t D) {
+  for (int64_t d = 0; d < m->P; d += LANES)
+    q3n_v_store(m->q + d * tile + r * LANES, q ? q3n_v_load_some(q3n_v_first(D - d), q + d) : q3n_v_zero());
+}
+
+/* Row r's query of a tile. */
+static const float *query_of(const q3n_attention_args *a, const q3n_attention_tile *tile, int64_t r) {
+  const int64_t group = a->HQ / a->HKV, t = tile->packed + tile->first + r / group, h = tile->hkv * group + r % group;
+  return a->q + tile->row * a->q_b + t * a->q_t + h * a->q_h;
+}
+
+/* Rows that have seen nothing, and those that only fill their group of `size`: what they give is not looked at. */
+static void start(const memory *m, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; r++) {
+    m->max[r] = -INFINITY;
+    m->sum[r] = 0.0f;
+  }
+  for (int64_t r = rows; r % size; r++) pass(m, r);
+  for (int64_t i = 0; i < (rows + size - 1) / size * size * m->P; i += LANES) q3n_v_store(m->o + i, q3n_v_zero());
+}
+
+/* The sums q . k of the rows from `from` on become weights; the block has n keys from j0 on. */
+static void weigh_rows(const q3n_attention_args *a, const q3n_attention_tile *tile, const memory *m, int64_t from,
+                       int64_t rows, int64_t j0, int64_t n) {
+  for (int64_t r = from; r < rows; r++) {
+    const int64_t i = tile->first + r / (a->HQ / a->HKV);
+    const int64_t visible = q3n_attention_visible_end(a, tile, i) - j0;
+    if (visible <= 0)
+      pass(m, r);
+    else
+      weigh(m, r, visible < n ? visible : n, a->scale,
+            a->mask ? a->mask + tile->row * a->mask_b + (tile->packed + i) * a->mask_t + j0 : NULL);
+  }
+}
+
+/* To the rows from `from` on what values that are not finite add, of the keys in `wild`. */
+static void add_all_wild(const q3n_attention_args *a, const memory *m, int64_t from, int64_t rows, int64_t v_at,
+                         uint64_t wild) {
+  for (; wild; wild &= wild - 1) {
+    const int64_t j = __builtin_ctzll(wild);
+    q3n_row_to_float(a->kv_dtype, row_at(a->v, a->kv_dtype, v_at + j * a->v_s), m->row, a->D);
+    add_wild(m, from, rows, j, a->D);
+  }
+}
+
+/* An item of many rows, by panels. */
+static void run_many(const q3n_attention_args *a, const q3n_attention_tile *tile, const memory *m) {
+  const int64_t D = a->D, group = a->HQ / a->HKV, rows = tile->queries * group;
+  const int64_t slot = a->slot ? a->slot[tile->b] : tile->b;
+  for (int64_t r = 0; r < rows; r++) place_query(m, r, query_of(a, tile, r), D);
+  for (int64_t r = rows; r % ROWS; r++) place_query(m, r, NULL, D);
+  start(m, rows, ROWS);
+
+  const int64_t last = q3n_attention_visible_end(a, tile, tile->first + tile->queries - 1);
+  for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
+    const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
+    /* Visible ends grow with the row: the groups before `from` see nothing of the block. */
+    int64_t from = 0;
+    for (;; from += ROWS) {
+      const int64_t end = from + ROWS < rows ? from + ROWS : rows;
+      if (q3n_attention_visible_end(a, tile, tile->first + (end - 1) / group) > j0) break;
+    }
+    /* While the scores are made the values are fetched, and while the values are added the next block's keys. */
+    const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile->hkv * a->k_h;
+    const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile->hkv * a->v_h;
+    const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
+    const int64_t steps = q3n_ceil_div(n, PANEL) * (groups * LANES + 2 * m->chunk);
+    ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D, steps);
+    for (int64_t j = 0; j < n; j += PANEL) {
+      load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m->k, &next);
+      for (int64_t r = from; r < rows; r += ROWS)
+        scores(rows - r, m->q + r * m->P, m->k, m->chunk, m->p + r * KEYS + j, &next);
+    }
+    weigh_rows(a, tile, m, from, rows, j0, n);
+    uint64_t wild = 0;
+    next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS, D,
+                    m->P / PANEL * (groups + q3n_ceil_div(n, 8)));
+    for (int64_t d = 0; d < m->P; d += PANEL) {
+      wild |= load_values(a, v_at, n, d, m->v, &next);
+      for (int64_t r = from; r < rows; r += ROWS) {
+        ask(&next);
+        values(rows - r, m->p + r * KEYS, m->v, n, m->rescale + r, m->o + r * m->P + d, m->P);
+      }
+    }
+    add_all_wild(a, m, from, rows, v_at, wild);
+  }
+  for (int64_t r = 0; r < rows; r++) finish(a, tile, m, r);
+}
+
+/* The items of `heads` KV heads side by side that have the same few queries, from where the cache lies. Block by block:
+   so memory is read as it lies, whole rows of all heads. */
+static void run_near(const q3n_attention_args *a, const q3n_attention_tile *first, int64_t heads, const memory *all) {
+  const int64_t D = a->D, rows = first->queries * (a->HQ / a->HKV), slot = a->slot ? a->slot[first->b] : first->b;
+  q3n_attention_tile tile = *first;
+  for (int64_t h = 0; h < heads; h++) {
+    const memory m = rows_from(all, h * padded(rows));
+    tile.hkv = first->hkv + h;
+    for (int64_t from = 0; from < rows; from += FEW) {
+      const memory few = rows_from(&m, from);
+      const int size = tile_rows(rows - from, FEW);
+      for (int64_t r = 0; r < size; r++)
+        place_near(&few, r, size, from + r < rows ? query_of(a, &tile, from + r) : NULL, D);
+    }
+    start(&m, rows, FEW);
+  }
+
+  const int64_t last = q3n_attention_visible_end(a, first, first->first + first->queries - 1);
+  const int64_t k_first = slot * a->k_slot + first->hkv * a->k_h, v_first = slot * a->v_slot + first->hkv * a->v_h;
+  for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
+    const int64_t n = last - j0 < KEYS ? last - j0 : KEYS, k_at = k_first + j0 * a->k_s, v_at = v_first + j0 * a->v_s;
+    int64_t steps = 0;
+    for (int64_t from = 0; from < rows; from += FEW) steps += heads * steps_near(rows - from, n, D);
+    ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, heads * D, steps);
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t from = 0; from < rows; from += FEW) {
+        const memory m = rows_from(all, h * padded(rows) + from);
+        scores_near(a, &m, rows - from, k_at + h * a->k_h, n, &next);
+      }
+    /* Behind kv_end too: the next part of a split call begins there. */
+    const int64_t left = first->kv_len - j0 - n;
+    next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS,
+                    heads * D, heads * q3n_ceil_div(rows, FEW) * q3n_ceil_div(D, WIDE * LANES) * n);
+    for (int64_t h = 0; h < heads; h++) {
+      tile.hkv = first->hkv + h;
+      const memory m = rows_from(all, h * padded(rows));
+      weigh_rows(a, &tile, &m, 0, rows, j0, n);
+      for (int64_t from = 0; from < rows; from += FEW) {
+        const memory few = rows_from(&m, from);
+        const int64_t here = rows - from < FEW ? rows - from : FEW, at = v_at + h * a->v_h;
+        uint64_t wild = 0;
+        for (int64_t d = 0; d < D; d += WIDE * LANES) {
+          if (d + WIDE * LANES <= D && values_near(a, &few, here, at, n, d, &next)) continue;
+          wild |= load_values(a, at, n, d, m.v, &next);
+          values_apart(&few, here, n, d);
+        }
+        add_all_wild(a, &few, 0, here, at, wild);
+      }
+    }
+  }
+  for (int64_t h = 0; h < heads; h++) {
+    tile.hkv = first->hkv + h;
+    const memory m = rows_from(all, h * padded(rows));
+    for (int64_t r = 0; r < rows; r++) finish(a, &tile, &m, r);
+  }
+}
+
+/* How many items from `item` on run side by side: KV heads that lie side by side, as far as there is memory. */
+static int64_t side_by_side(const q3n_attention_args *a, const q3n_attention_tile *tile, int64_t items) {
+  if (a->k_h != a->D || a->v_h != a->D) return 1;
+  const int64_t heads = a->HKV - tile->hkv < items ? a->HKV - tile->hkv : items;
+  const int64_t most = most_rows(a) / padded(tile->queries * (a->HQ / a->HKV));
+  return heads < most ? heads : most;
+}
+
 static q3n_status run_tiles(const q3n_attention_args *a, int64_t begin, int64_t end, void *scratch) {
-  const int64_t D = a->D, group = a->HQ / a->HKV;
   memory m;
   layout(a, scratch, &m);
-
-  for (int64_t item = begin; item < end; item++) {
+  for (int64_t item = begin; item < end;) {
     const q3n_attention_tile tile = q3n_attention_tile_at(a, item);
-    const int64_t rows = tile.queries * group, slot = a->slot ? a->slot[tile.b] : tile.b;
-    const int few = rows <= FEW;
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t t = tile.packed + tile.first + r / group, h = tile.hkv * group + r % group;
-      place_query(&m, r, a->q + tile.row * a->q_b + t * a->q_t + h * a->q_h, D, few);
-      m.max[r] = -INFINITY;
-      m.sum[r] = 0.0f;
-    }
-    /* The last group is computed whole or to a power of two; what its missing rows give is not looked at. */
-    for (int64_t r = rows; r % ROWS; r++) {
-      place_query(&m, r, NULL, D, few);
-      pass(&m, r);
-    }
-    for (int64_t i = 0; i < (rows + ROWS - 1) / ROWS * ROWS * m.P; i += LANES) q3n_v_store(m.o + i, q3n_v_zero());
+    const int near = tile.queries * (a->HQ / a->HKV) <= (a->kv_dtype == Q3N_Q8_0 ? NEAR / 2 : NEAR);
+    const int64_t items = near ? side_by_side(a, &tile, end - item) : 1;
+    if (near)
+      run_near(a, &tile, items, &m);
+    else
+      run_many(a, &tile, &m);
+    item += items;
+  }
+  return Q3N_OK;
+}
 
-    const int64_t last = q3n_attention_visible_end(a, &tile, tile.first + tile.queries - 1);
-    for (int64_t j0 = a->kv_begin; j0 < last; j0 += KEYS) {
-      const int64_t n = last - j0 < KEYS ? last - j0 : KEYS;
-      /* Visible ends grow with the row: the groups before `from` see nothing of the block. Few rows are one group. */
-      int64_t from = 0;
-      for (; !few; from += ROWS) {
-        const int64_t end = from + ROWS < rows ? from + ROWS : rows;
-        if (q3n_attention_visible_end(a, &tile, tile.first + (end - 1) / group) > j0) break;
+/* o = o rescale + sum_j weight_j x_j for `width` vectors of channels, the last of which has `left` lanes or more; 0
+   for o where there is none yet. */
+static inline __attribute__((always_inline)) void add_parts(int width, int64_t left, const float *weight,
+                                                            const float *const *part, int n, int64_t d, float rescale,
+                                                            float *o) {
+  q3n_v s[MERGED];
+  for (int i = 0; i < width; i++) s[i] = q3n_v_zero();
+  for (int j = 0; j < n; j++) {
+    const q3n_v w = q3n_v_set(weight[j]);
+    for (int i = 0; i < width; i++)
+      s[i] = q3n_v_fma(w, q3n_v_load_upto(part[j] + d + LANES * i, left - LANES * i), s[i]);
+  }
+  for (int i = 0; i < width; i++) {
+    const q3n_v old = q3n_v_load_upto(o + d + LANES * i, left - LANES * i);
+    q3n_v_store_upto(o + d + LANES * i, left - LANES * i, q3n_v_fma(old, q3n_v_set(rescale), s[i]));
+  }
+}
+
+/* A part is to the merge what a key is to attention: its lse the score, its o the value, which is not read where lse is
+   -inf. Parts go in blocks of KEYS. */
+static q3n_status run_merge(const q3n_attention_merge_args *a, int64_t begin, int64_t end) {
+  const int64_t rows = a->T * a->HQ;
+  for (int64_t item = begin; item < end; item++) {
+    const int64_t t = item / a->HQ, h = item % a->HQ;
+    float *o = a->o + t * a->o_t + h * a->o_h;
+    float max = -INFINITY, sum = 0.0f;
+    memset(o, 0, (size_t)a->D * sizeof *o);
+    for (int64_t p0 = 0; p0 < a->parts; p0 += KEYS) {
+      const float *part[KEYS];
+      float weight[KEYS];
+      const float old = max;
+      int n = 0;
+      for (int64_t p = p0; p < a->parts && p < p0 + KEYS; p++) {
+        const float lse = a->part_lse[p * rows + item];
+        if (lse == -INFINITY) continue;
+        /* A NaN is left out of the maximum, but its weight is NaN. */
+        if (lse > max) max = lse;
+        part[n] = a->part_o + (p * rows + item) * a->D;
+        weight[n++] = lse;
       }
-      /* While the scores are made the values are fetched, and while the values are added the next block's keys. */
-      const int64_t k_at = slot * a->k_slot + j0 * a->k_s + tile.hkv * a->k_h;
-      const int64_t v_at = slot * a->v_slot + j0 * a->v_s + tile.hkv * a->v_h;
-      const int64_t groups = (rows - from + ROWS - 1) / ROWS, left = last - j0 - n;
-      const int64_t tiles = groups * LANES + 2 * m.chunk;
-      ahead next = ahead_of(a->v, a->kv_dtype, v_at, a->v_s, n, D,
-                            few ? steps_near(rows, n, D) : q3n_ceil_div(n, PANEL) * tiles);
-      if (few) scores_near(a, &m, rows, k_at, n, &next);
-      for (int64_t j = 0; j < n && !few; j += PANEL) {
-        load_keys(a, k_at + j * a->k_s, n - j < PANEL ? n - j : PANEL, m.k, &next);
-        for (int64_t r = from; r < rows; r += ROWS)
-          scores(rows - r, m.q + r * m.P, m.k, m.chunk, m.p + r * KEYS + j, &next);
+      if (n == 0) continue;
+      const float rescale = max == old ? 1.0f : old == -INFINITY ? 0.0f : expf(old - max);
+      q3n_v total = q3n_v_zero();
+      for (int j = 0; j < n; j += LANES) {
+        const q3n_v_mask lanes = q3n_v_first(n - j);
+        const q3n_v x = q3n_v_exp(q3n_v_sub(q3n_v_load_upto(weight + j, n - j), q3n_v_set(max)));
+        total = q3n_v_add(total, q3n_v_select(lanes, x, q3n_v_zero()));
+        q3n_v_store_upto(weight + j, n - j, x);
       }
-      for (int64_t r = from; r < rows; r++) {
-        const int64_t i = tile.first + r / group, t = tile.packed + i;
-        const int64_t visible = q3n_attention_visible_end(a, &tile, i) - j0;
-        if (visible <= 0)
-          pass(&m, r);
-        else
-          weigh(&m, r, visible < n ? visible : n, a->scale,
-                a->mask ? a->mask + tile.row * a->mask_b + t * a->mask_t + j0 : NULL);
-      }
-      uint64_t wild = 0;
-      next = ahead_of(a->k, a->kv_dtype, left > 0 ? k_at + n * a->k_s : k_at, a->k_s, left < KEYS ? left : KEYS, D,
-                      few ? q3n_ceil_div(D, WIDE * LANES) * n : m.P / PANEL * (groups + q3n_ceil_div(n, 8)));
-      for (int64_t d = 0; d < D && few; d += WIDE * LANES) {
-        if (d + WIDE * LANES <= D && values_near(a, &m, rows, v_at, n, d, &next)) continue;
-        wild |= load_values(a, v_at, n, d, m.v, &next);
-        values_apart(&m, rows, n, d);
-      }
-      for (int64_t d = 0; d < m.P && !few; d += PANEL) {
-        wild |= load_values(a, v_at, n, d, m.v, &next);
-        for (int64_t r = from; r < rows; r += ROWS) {
-          ask(&next);
-          values(rows - r, m.p + r * KEYS, m.v, n, m.rescale + r, m.o + r * m.P + d, m.P);
-        }
-      }
-      for (uint64_t some = wild; some; some &= some - 1) {
-        const int64_t j = __builtin_ctzll(some);
-        q3n_row_to_float(a->kv_dtype, row_at(a->v, a->kv_dtype, v_at + j * a->v_s), m.row, D);
-        add_wild(&m, from, rows, j, D);
-      }
+      sum = sum * rescale + q3n_v_sum(total);
+      int64_t d = 0;
+      for (; d + MERGED * LANES <= a->D; d += MERGED * LANES)
+        add_parts(MERGED, MERGED * LANES, weight, part, n, d, rescale, o);
+      for (; d < a->D; d += LANES) add_parts(1, a->D - d, weight, part, n, d, rescale, o);
     }
-    for (int64_t r = 0; r < rows; r++) finish(a, &tile, &m, r);
+    const float rescale = a->sinks ? add_sink(a->sinks[h], &max, &sum) : 1.0f;
+    const float lse = divide(o, rescale, max, sum, a->gate ? a->gate + t * a->gate_t + h * a->gate_h : NULL, o, a->D);
+    if (a->lse) a->lse[t * a->lse_t + h] = lse;
   }
   return Q3N_OK;
 }

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(WARPS * 32, FORM::KP < 128)
   Q3N_SHARED_DYNAMIC(typename FORM::element, tokens, 0, 4 * FORM::STAGE); /* keys and queries of a chunk and the next */
   Q3N_SHARED_DYNAMIC(float, matrix_a, MATRICES, C * C);
   Q3N_SHARED_DYNAMIC(float, matrix_p, MATRICES + C * C * 4, C * C);
-  Q3N_SHARED_DYNAMIC(float, all_u, MATRICES + 2 * C * C * 4, warps * FORM::u_floats(a));
+  Q3N_SHARED_DYNAMIC(float, all_u, MATRICES + 2 * C * C * 4, warps * FORM::U);
   Q3N_SHARED(float, self, C);
   Q3N_SHARED(float, decay, C);
   Q3N_SHARED(float, beta, C);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(WARPS * 32, FORM::KP < 128)
                               bad, task},
                              {tokens},
                              {tokens}};
-  const q3n_shared<float> u = all_u + warp * FORM::u_floats(a);
+  const q3n_shared<float> u = all_u + warp * FORM::U;
 
   for (int64_t item = blockIdx.x; item < items; item = ((job)task[0]).item + gridDim.x) {
     __syncthreads(); /* the item before is done with */
@@ -245,9 +245,9 @@ __global__ void __launch_bounds__(WARPS * 32, FORM::KP < 128)
   }
 }
 
-/* Floats of dynamic shared memory in units of 4 bytes, and about the bytes of what is not dynamic. */
-template <class FORM> int64_t shared_bytes(const q3n_gated_delta_args *a, int64_t warps) {
-  return 4 * FORM::STAGE * (int64_t)sizeof(typename FORM::element) + (2 * C * C + warps * FORM::u_floats(*a)) * 4;
+/* Bytes of dynamic shared memory, and about those of what is not dynamic. */
+template <class FORM> constexpr int64_t shared_bytes(int64_t warps) {
+  return 4 * FORM::STAGE * (int64_t)sizeof(typename FORM::element) + (2 * C * C + warps * FORM::U) * 4;
 }
 constexpr int64_t SMALL_ARRAYS = 8192;
 
@@ -268,45 +268,46 @@ template <class FORM> q3n_status launch(const q3n_gated_delta_args *a, const pla
   const int64_t pairs = a->B * a->HV, warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
   const int64_t items = pairs * blocks_of(*a, p, warps);
   return Q3N_LAUNCH(chunked<FORM>, (*a, p, items, token_vectors, state_vectors), items < INT32_MAX ? items : INT32_MAX,
-                    warps * 32, shared_bytes<FORM>(a, warps), stream);
+                    warps * 32, shared_bytes<FORM>(warps), stream);
 }
 
-template <class FORM> bool fits(const q3n_gated_delta_args *a) {
-  return shared_bytes<FORM>(a, WARPS) + SMALL_ARRAYS <= q3n_shared_limit();
-}
+template <class FORM> bool fits() { return shared_bytes<FORM>(WARPS) + SMALL_ARRAYS <= q3n_shared_limit(); }
 
 /* f(form) with the form that takes these args, or `none` where none does: channel gates, other sizes, GPUs with little
    shared memory. */
 template <class R, class F> R with_form(const q3n_gated_delta_args *a, R none, const F &f) {
   if (a->gate == Q3N_GATE_CHANNEL || a->K < 16 || a->K > 128) return none;
   if (a->dtype == Q3N_BF16) {
-    if (a->K <= 32 && fits<bf16_form<32>>(a)) return f(bf16_form<32>());
-    if (a->K <= 64 && fits<bf16_form<64>>(a)) return f(bf16_form<64>());
-    if (fits<bf16_form<128>>(a)) return f(bf16_form<128>());
+    if (a->K <= 32 && fits<bf16_form<32>>()) return f(bf16_form<32>());
+    if (a->K <= 64 && fits<bf16_form<64>>()) return f(bf16_form<64>());
+    if (fits<bf16_form<128>>()) return f(bf16_form<128>());
   }
-  if (a->K <= 32) return fits<f32_form<32>>(a) ? f(f32_form<32>()) : none;
-  if (a->K <= 64) return fits<f32_form<64>>(a) ? f(f32_form<64>()) : none;
-  return fits<f32_form<128>>(a) ? f(f32_form<128>()) : none;
+  if (a->K <= 32) return fits<f32_form<32>>() ? f(f32_form<32>()) : none;
+  if (a->K <= 64) return fits<f32_form<64>>() ? f(f32_form<64>()) : none;
+  return fits<f32_form<128>>() ? f(f32_form<128>()) : none;
 }
 
-/* What a block of so many warps takes for a chunk, with o or without, in thirds of what a warp alone does of it. */
+/* What a block of so many warps takes for a chunk, with o or without: by the count of products, in thirds of those that
+   one warp does with o. Fewer than 4 warps leave tensor cores idle. */
 int64_t with_o(int64_t warps) { return 3 * (warps < 4 ? 4 : warps) + 4; }
 int64_t without_o(int64_t warps) { return 2 * (warps < 4 ? 4 : warps) + 2; }
 
-int64_t waves(int64_t blocks) { return (blocks + q3n_multiprocessors() - 1) / q3n_multiprocessors(); }
+/* The time of a launch, in those units for each chunk of a segment. */
+int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, const plan &p) {
+  const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS)), all = q3n_multiprocessors();
+  const int64_t waves = (pairs * blocks_of(*a, p, warps) + all - 1) / all;
+  const bool mixed = p.pass == plan::TRANSFERS && p.segments > 2 && waves > 1;
+  return waves * (mixed ? (with_o(warps) + without_o(warps)) / 2 : with_o(warps));
+}
 
-/* The time of `chunks` chunks of every sequence in so many segments, 1 for none, in the units of with_o. */
-int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments) {
-  const auto time = [&](const plan &p) {
-    const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
-    return waves(pairs * blocks_of(*a, p, warps)) * (p.pass == plan::TRANSFERS && segments > 2 &&
-                                                             pairs * blocks_of(*a, p, warps) > q3n_multiprocessors()
-                                                         ? (with_o(warps) + without_o(warps)) / 2
-                                                         : with_o(warps));
-  };
-  if (segments < 2) return chunks * time({plan::WHOLE, 1, nullptr});
+int64_t reckon_whole(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks) {
+  return chunks * reckon(a, pairs, {plan::WHOLE, 1, nullptr});
+}
+
+int64_t reckon_segments(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments) {
   const int64_t each = (chunks + segments - 1) / segments, crossing = 2 * WARPS;
-  return each * (time({plan::TRANSFERS, segments, nullptr}) + time({plan::REST, segments, nullptr})) +
+  return each * (reckon(a, pairs, {plan::TRANSFERS, segments, nullptr}) +
+                 reckon(a, pairs, {plan::REST, segments, nullptr})) +
          (segments - 2) * crossing;
 }
 
@@ -315,7 +316,7 @@ int segments_of(const q3n_gated_delta_args *a) {
   const int MOST = 16, LONG = 1024; /* chunks */
   int best = 2;
   for (int n = 3; n <= MOST; n++)
-    if (reckon(a, a->HV, LONG, n) < reckon(a, a->HV, LONG, best)) best = n;
+    if (reckon_segments(a, a->HV, LONG, n) < reckon_segments(a, a->HV, LONG, best)) best = n;
   return best;
 }
 
@@ -365,7 +366,8 @@ choice choose(const q3n_gated_delta_args *a) {
   /* Many heads leave no multiprocessor idle, and few tokens are over before the launches are. */
   if (chunks < 16 || a->B * a->HV > 2 * q3n_multiprocessors()) return CHUNKED;
   const int64_t pairs = a->B * a->HV;
-  return 10 * reckon(a, pairs, chunks, segments_of(a)) < 9 * reckon(a, pairs, chunks, 1) ? SEGMENTED : CHUNKED;
+  const bool pays = 10 * reckon_segments(a, pairs, chunks, segments_of(a)) < 9 * reckon_whole(a, pairs, chunks);
+  return pays ? SEGMENTED : CHUNKED;
 }
 
 } /* namespace */

@@ -39,6 +39,15 @@ template <int KP> struct bf16_tokens {
   }
 };
 
+/* The lane, in a way that forbids to keep the addresses made of it from chunk to chunk: registers are few. */
+__device__ __forceinline__ int lane_anew() {
+  int lane = (int)(threadIdx.x % 32);
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(lane));
+#endif
+  return lane;
+}
+
 /* Two f32 numbers as hi + lo each. */
 __device__ __forceinline__ void split(float x, float y, uint32_t &hi, uint32_t &lo) {
   hi = q3n_pack_bf16(x, y);
@@ -70,8 +79,7 @@ __device__ __forceinline__ float joined(const left_factor &f, int tile, int i) {
 }
 
 /* Rows i .. i + 8 and columns j .. j + 16 of A or P, transposed. */
-__device__ __forceinline__ right_factor split_matrix(q3n_shared<float> x, int i, int j) {
-  const int lane = (int)(threadIdx.x % 32);
+__device__ __forceinline__ right_factor split_matrix(q3n_shared<float> x, int i, int j, int lane) {
   right_factor f;
   Q3N_UNROLL
   for (int half = 0; half < 2; half++) {
@@ -94,8 +102,7 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const left_factor 
 template <int WIDTH> struct bf16_form {
   static constexpr int KP = WIDTH;
   static constexpr int STAGE = C * KP / 2; /* elements of a chunk's keys */
-  /* Floats that a warp works in: to replay states from. */
-  static __host__ __device__ int u_floats(const q3n_gated_delta_args &a) { return a.snapshots ? C * ROWS : 0; }
+  static constexpr int U = C * ROWS;       /* floats that a warp works in */
   static constexpr int VECTOR = 8;         /* channels of a copy in the background */
   using element = uint32_t;
   using tokens = bf16_tokens<KP>;
@@ -137,10 +144,47 @@ template <int WIDTH> struct bf16_form {
     }
   }
 
+  /* Where sums lie: tokens 8 e + 2 member + x % 2, rows group + x / 2 * 8. */
+  static __device__ __forceinline__ int token(int e, int x) {
+    return 8 * e + 2 * (int)(threadIdx.x % 4) + x % 2;
+  }
+  static __device__ __forceinline__ int channel(const rows &row, int x) {
+    return row.first + (int)(threadIdx.x % 32) / 4 + x / 2 * 8;
+  }
+
+  /* Addresses go from token to token: 32 of them would not fit into the registers. */
+  static __device__ __forceinline__ void load_values(const q3n_gated_delta_args &a, int64_t t0, int n, const job &now,
+                                                     float (&v)[C / 8][4]) {
+    const rows row = find_rows(a, now);
+    const uint16_t *from = (const uint16_t *)now.at.v + (t0 + token(0, 0)) * a.v_t + channel(row, 0);
+    Q3N_UNROLL
+    for (int e = 0; e < C / 8; e++) {
+      Q3N_UNROLL
+      for (int x = 0; x < 4; x++) {
+        const bool there = !row.transfer && token(e, x) < n && channel(row, x) < row.count;
+        v[e][x] = there ? q3n_bf16_float(from[x % 2 * a.v_t + x / 2 * 8]) : 0.0f;
+      }
+      from += 8 * a.v_t;
+    }
+  }
+
+  /* o of the first n of 16 tokens from t0 on. */
+  static __device__ __forceinline__ void store_outputs(const q3n_gated_delta_args &a, int64_t t0, int n,
+                                                       const job &now, const float (&o)[2][4]) {
+    const rows row = find_rows(a, now);
+    uint16_t *const to = (uint16_t *)now.at.o + (t0 + token(0, 0)) * a.o_t + channel(row, 0);
+    Q3N_UNROLL
+    for (int h = 0; h < 2; h++)
+      Q3N_UNROLL
+      for (int x = 0; x < 4; x++)
+        if (token(h, x) < n && channel(row, x) < row.count)
+          to[(8 * h + x % 2) * a.o_t + x / 2 * 8] = (uint16_t)q3n_float_bf16(o[h][x]);
+  }
+
   /* w and o, which hold 0, take S k and S q of all tokens. */
   static __device__ __forceinline__ void read_state(const rows_of_state<KP> &s, bool queries, const chunk &ch,
                                                     float (&w)[C / 8][4], float (&o)[C / 8][4]) {
-    const int lane = (int)(threadIdx.x % 32), group = lane / 4, member = lane % 4;
+    const int lane = lane_anew(), group = lane / 4, member = lane % 4;
     Q3N_UNROLL
     for (int c = 0; c < KP / 8; c += 2) {
       float x[2][4];
@@ -190,52 +234,52 @@ template <int WIDTH> struct bf16_form {
     }
   }
 
-  /* u from w, the right-hand sides, and the rest of o: 16 tokens after 16. Returns how many of n tokens are good. */
-  static __device__ __forceinline__ int solve(int n, bool queries, const chunk &ch, float (&w)[C / 8][4],
-                                              float (&o)[C / 8][4], left_factor (&u)[C / BLOCK],
-                                              const bool (&live)[2]) {
-    const int member = (int)(threadIdx.x % 4), bad = ch.bad[0];
+  /* u from w, the right-hand sides, and o from S q, which lies in `kept`: 16 tokens after 16. Returns how many of n
+     tokens are good: o is stored for those. */
+  static __device__ __forceinline__ int solve(const q3n_gated_delta_args &a, int64_t t0, int n, bool queries,
+                                              const chunk &ch, q3n_shared<float> kept, float (&w)[C / 8][4],
+                                              left_factor (&u)[C / BLOCK], const bool (&live)[2]) {
+    const int lane = lane_anew(), bad = ch.bad[0];
     int done = 0;
     Q3N_UNROLL
     for (int b = 0; b < C / BLOCK; b++) {
       const int i0 = b * BLOCK;
       if (i0 >= n || done < i0) break;
-      float(&w0)[4] = w[2 * b], (&w1)[4] = w[2 * b + 1], (&o0)[4] = o[2 * b], (&o1)[4] = o[2 * b + 1];
-      float au[2][4] = {}, pu[2][4] = {};
-      Q3N_UNROLL
-      for (int j = 0; j < b; j++)
+      float(&w0)[4] = w[2 * b], (&w1)[4] = w[2 * b + 1];
+      const auto add = [&](const left_factor &factor, int j, float sign) {
         Q3N_UNROLL
         for (int h = 0; h < 2; h++) {
-          add_product(au[h], u[j], split_matrix(ch.a, i0 + 8 * h, j * BLOCK));
-          if (queries) add_product(pu[h], u[j], split_matrix(ch.p, i0 + 8 * h, j * BLOCK));
+          float sums[4] = {};
+          add_product(sums, factor, split_matrix(ch.a, i0 + 8 * h, j * BLOCK, lane));
+          Q3N_UNROLL
+          for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(sign, sums[x], w[2 * b + h][x]);
         }
+      };
       Q3N_UNROLL
-      for (int h = 0; h < 2; h++)
-        Q3N_UNROLL
-        for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(-UNSCALE, au[h][x], w[2 * b + h][x]), au[h][x] = 0.0f;
+      for (int j = 0; j < b; j++) add(u[j], j, -UNSCALE);
       int good = watch(bad - i0 < BLOCK ? bad - i0 : BLOCK, w0, w1, live);
       keep(good, w0, w1);
-      u[b] = split_left(w0, w1);
-      Q3N_UNROLL
-      for (int h = 0; h < 2; h++) {
-        add_product(au[h], u[b], split_matrix(ch.a, i0 + 8 * h, i0));
-        Q3N_UNROLL
-        for (int x = 0; x < 4; x++) w[2 * b + h][x] = __fmaf_rn(UNSCALE, au[h][x], w[2 * b + h][x]);
-      }
+      add(split_left(w0, w1), b, UNSCALE);
       good = watch(good, w0, w1, live);
       keep(good, w0, w1);
       u[b] = split_left(w0, w1);
       if (queries) {
+        float o[2][4];
         Q3N_UNROLL
         for (int h = 0; h < 2; h++) {
-          add_product(pu[h], u[b], split_matrix(ch.p, i0 + 8 * h, i0));
+          float sums[4] = {};
+          Q3N_UNROLL
+          for (int j = 0; j <= b; j++) add_product(sums, u[j], split_matrix(ch.p, i0 + 8 * h, j * BLOCK, lane));
+          const float4 read = q3n_load<float4>(kept + ((2 * b + h) * 32 + lane) * 4);
+          const float from_state[4] = {read.x, read.y, read.z, read.w};
           Q3N_UNROLL
           for (int x = 0; x < 4; x++) {
-            const float self = ch.self[i0 + 8 * h + 2 * member + x % 2];
-            o[2 * b + h][x] = __fmaf_rn(UNSCALE, pu[h][x], __fmaf_rn(self, w[2 * b + h][x], o[2 * b + h][x]));
+            const float self = ch.self[token(2 * b + h, x)];
+            o[h][x] = __fmaf_rn(UNSCALE, sums[x], __fmaf_rn(self, w[2 * b + h][x], from_state[x]));
           }
         }
-        good = watch(good, o0, o1, live);
+        good = watch(good, o[0], o[1], live);
+        store_outputs(a, t0 + i0, n - i0 < good ? n - i0 : good, ch.now[0], o);
       }
       done += good;
     }
@@ -245,7 +289,7 @@ template <int WIDTH> struct bf16_form {
   /* u times the keys decayed to the chunk's end. */
   static __device__ __forceinline__ void write(rows_of_state<KP> &written, int n, const chunk &ch,
                                                const left_factor (&u)[C / BLOCK]) {
-    const int lane = (int)(threadIdx.x % 32), member = lane % 4;
+    const int lane = lane_anew(), member = lane % 4;
     clear(written);
     Q3N_UNROLL
     for (int b = 0; b < C / BLOCK; b++) {
@@ -269,47 +313,17 @@ template <int WIDTH> struct bf16_form {
     }
   }
 
-  /* Where sums lie: tokens 8 e + 2 member + x % 2, rows group + x / 2 * 8. */
-  static __device__ __forceinline__ int token(int e, int x) {
-    return 8 * e + 2 * (int)(threadIdx.x % 4) + x % 2;
-  }
-  static __device__ __forceinline__ int channel(const rows &row, int x) {
-    return row.first + (int)(threadIdx.x % 32) / 4 + x / 2 * 8;
-  }
-
-  static __device__ __forceinline__ void load_values(const q3n_gated_delta_args &a, int64_t t0, int n, const job &now,
-                                                     float (&v)[C / 8][4]) {
-    const rows row = find_rows(a, now);
-    Q3N_UNROLL
-    for (int e = 0; e < C / 8; e++)
-      Q3N_UNROLL
-      for (int x = 0; x < 4; x++)
-        v[e][x] = token(e, x) < n ? value_of(a, now.at, t0 + token(e, x), row, channel(row, x)) : 0.0f;
-  }
-
-  static __device__ __forceinline__ void store_outputs(const q3n_gated_delta_args &a, int64_t t0, int n,
-                                                       const job &now, const float (&o)[C / 8][4]) {
-    const rows row = find_rows(a, now);
-    Q3N_UNROLL
-    for (int e = 0; e < C / 8; e++)
-      Q3N_UNROLL
-      for (int x = 0; x < 4; x++)
-        if (token(e, x) < n && channel(row, x) < row.count)
-          q3n_set_element(now.at.o, (t0 + token(e, x)) * a.o_t + channel(row, x), Q3N_BF16, o[e][x]);
-  }
-
   /* A chunk of n tokens, from when A and P are there. */
   static __device__ __forceinline__ void run(rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
                                              bool queries, const chunk &ch, q3n_shared<float> kept,
                                              bool (&live)[2], bool state_vectors) {
+    const int lane = (int)(threadIdx.x % 32);
     float v[C / 8][4], w[C / 8][4] = {}, o[C / 8][4] = {};
     load_values(a, t0, n, ch.now[0], v);
     q3n_invert_diagonal(n, SCALE, ch.a); /* by two warps: the others go on */
     read_state(s, queries, ch, w, o);
-    __syncthreads();
-
     Q3N_UNROLL
-    for (int e = 0; e < C / 8; e++)
+    for (int e = 0; e < C / 8; e++) {
       Q3N_UNROLL
       for (int x = 0; x < 4; x++) {
         const int t = token(e, x);
@@ -317,13 +331,15 @@ template <int WIDTH> struct bf16_form {
         w[e][x] = beta * __fmaf_rn(-start, w[e][x] * UNSCALE * (float)ch.key[t], v[e][x]);
         if (queries) o[e][x] = start * (o[e][x] * UNSCALE * (float)ch.query[t]);
       }
+      q3n_store(kept + (e * 32 + lane) * 4, make_float4(o[e][0], o[e][1], o[e][2], o[e][3]));
+    }
+    __syncthreads(); /* the inverses are there; o lies with the lanes that made it */
     left_factor u[C / BLOCK] = {};
-    const int done = solve(n, queries, ch, w, o, u, live);
-    if (queries) store_outputs(a, t0, done < n ? done : n, ch.now[0], o);
+    const int done = solve(a, t0, n, queries, ch, kept, w, u, live);
     if (done >= n && queries && ((job)ch.now[0]).at.snapshots) {
       Q3N_UNROLL
       for (int e = 0; e < C / 8; e++)
-        q3n_store(kept + (e * 32 + (int)(threadIdx.x % 32)) * 4,
+        q3n_store(kept + (e * 32 + lane) * 4,
                   make_float4(joined(u[e / 2], e % 2, 0), joined(u[e / 2], e % 2, 1), joined(u[e / 2], e % 2, 2),
                               joined(u[e / 2], e % 2, 3)));
       replay<bf16_form>(s, a, t0, n, ch, kept, state_vectors);

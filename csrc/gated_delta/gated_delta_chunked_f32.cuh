@@ -178,7 +178,7 @@ __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_g
 template <int WIDTH> struct f32_form {
   static constexpr int KP = WIDTH;
   static constexpr int STAGE = C * KP;    /* elements of a chunk's keys */
-  static __host__ __device__ int u_floats(const q3n_gated_delta_args &) { return C * ROWS; } /* that a warp works in */
+  static constexpr int U = C * ROWS;      /* floats that a warp works in */
   static constexpr int VECTOR = 4;        /* channels of a copy in the background */
   using element = float;
   using tokens = f32_tokens<KP>;

@@ -310,9 +310,13 @@ fn without_a_gpu_its_benches_say_so() {
     assert!(text.starts_with("SKIPPED cuda: ") && text.lines().count() == 1 || table.len() >= 2, "{text}");
     let rows = json(&format!("{ask} -o json"));
     assert_eq!(rows.as_array().unwrap().is_empty(), table.is_empty());
+    // So do those that would run beside our kernels.
+    let text = stdout(&format!("{ask} --peers"));
+    assert!(text.lines().count() == 1 || cells(&text).len() >= 2, "{text}");
 
     for (line, why) in [
         ("bench op norm --warm", "--warm: is for --backend cuda"),
+        ("bench op norm --peers", "--peers: is for --backend cuda"),
         ("bench op none --backend cuda", "expected one of"),
         ("bench op norm --backend cuda --batch 2", "--batch: norm takes none"),
         ("bench op norm --backend cuda --dtype bf16", "--dtype bf16: expected f32"),

@@ -1,5 +1,6 @@
 //! `qwen3next bench op`: the variants of an operator side by side, on inputs they have just been verified on.
 
+use super::bench_peers::Peers;
 use crate::Done;
 use anyhow::{bail, ensure, Context};
 use qwen3next_kernels::{Exec, Isa, Operator, Variant};
@@ -31,6 +32,10 @@ pub struct Args {
     /// With --backend cuda: leave the L2 cache as the launch before left it, instead of flushing it before each.
     #[arg(long)]
     warm: bool,
+    /// With --backend cuda: also what torch, flash-linear-attention, flashinfer and causal-conv1d offer, where python3 has
+    /// them, each verified first (benches/peers/cuda_ops.py).
+    #[arg(long)]
+    peers: bool,
     /// Only these variants, separated by commas; the first one is the base of the ratios.
     #[arg(long, value_delimiter = ',')]
     variant: Vec<String>,
@@ -81,6 +86,9 @@ pub struct Args {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     #[arg(skip)]
     device: Option<&'static qwen3next_kernels::device::Device>,
+    /// Those of --peers, once they are found.
+    #[arg(skip)]
+    others: Option<Peers>,
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -130,7 +138,9 @@ struct Point<T> {
 }
 
 pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
-    ensure!(args.backend == Backend::Cuda || !args.warm, "--warm: is for --backend cuda");
+    for (flag, given) in [("--warm", args.warm), ("--peers", args.peers)] {
+        ensure!(args.backend == Backend::Cuda || !given, "{flag}: is for --backend cuda");
+    }
     if args.backend == Backend::Cuda {
         ensure!(args.plugin.is_empty(), "--plugin: runs on the CPU, not with --backend cuda");
         args.lines(true)?;
@@ -140,6 +150,9 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
         let missing = Some("built without the feature cuda");
         if let Some(why) = missing {
             return skipped(&args.output, &why);
+        }
+        if args.peers {
+            args.others = Some(Peers::find(args.sizes_of_heads()?)?);
         }
     }
     if !args.plugin.is_empty() {
@@ -157,9 +170,25 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
     let plot_to = args.plot.as_deref().map(super::Output::create).transpose()?;
     super::bench::warn_of_others();
     let lines = args.lines(false)?;
+    let notes = args.others.as_ref().map(Peers::notes).unwrap_or_default();
+    if args.output == "csv" {
+        notes.iter().for_each(|note| eprintln!("{note}"));
+    }
     let out = &mut std::io::stdout().lock();
     match args.output.as_str() {
-        "md" => table(&lines, out)?,
+        "md" => {
+            table(&lines, out)?;
+            if args.peers {
+                writeln!(
+                    out,
+                    "with a type in brackets: others' code, on inputs of that type, which agreed with float64 in the same run; \
+                     GB/s count its own bytes"
+                )?;
+            }
+            for note in &notes {
+                writeln!(out, "{note}")?;
+            }
+        }
         "csv" => {
             writeln!(
                 out,
@@ -208,6 +237,7 @@ pub fn run(#[allow(unused_mut)] mut args: Args) -> anyhow::Result<Done> {
                     }
                     row
                 })
+                .chain(notes.iter().map(|note| note.json(&args.op)))
                 .collect();
             writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
         }
@@ -513,6 +543,18 @@ impl Args {
         Ok([hq, hkv])
     }
 
+    /// What a peer's case holds beside its shape.
+    fn sizes_of_heads(&self) -> anyhow::Result<serde_json::Value> {
+        Ok(match self.op.as_str() {
+            "gated_delta" => json!({ "batch": self.batch }),
+            "attention" => {
+                let [hq, hkv] = self.query_heads()?;
+                json!({ "heads": format!("{hq}/{hkv}"), "dim": self.dim(256, 512)? })
+            }
+            _ => json!({}),
+        })
+    }
+
     fn dim(&self, default: usize, most: usize) -> anyhow::Result<usize> {
         let d = self.dim.unwrap_or(default);
         ensure!((1..=most).contains(&d), "--dim {d}: expected 1 to {most}");
@@ -591,7 +633,8 @@ impl Args {
         }
         #[cfg(any(feature = "cuda", feature = "cuda-host"))]
         if let Some(device) = self.device {
-            return measure_on(device, points, &self.variant, self.repetitions.unwrap_or(100), self.warm);
+            let samples = self.repetitions.unwrap_or(100);
+            return measure_on(device, points, &self.variant, samples, self.warm, self.others.as_ref());
         }
         let mut variants = chosen::<T::Op>(&self.variant)?;
         if only_check {
@@ -704,7 +747,7 @@ fn measure<T: Timed + Send>(
     Ok(lines)
 }
 
-/// Verifies the kernels of that device at every point, of these names or all, and times their launches.
+/// Verifies the kernels of that device at every point, of these names or all, and times their launches; then the others.
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 fn measure_on<T: Timed>(
     device: &'static qwen3next_kernels::device::Device,
@@ -712,6 +755,7 @@ fn measure_on<T: Timed>(
     names: &[String],
     samples: usize,
     warm: bool,
+    others: Option<&Peers>,
 ) -> anyhow::Result<Vec<Line>> {
     let op = T::Op::NAME;
     let times: &'static _ = Box::leak(Box::new(qwen3next_kernels::device::Times::new(samples, !warm)));
@@ -762,6 +806,26 @@ fn measure_on<T: Timed>(
                 roof: Roof { name: "copy", fraction: gbs / on.copy },
                 metrics,
                 in_graph: times.take_in_graph().map(|ns| ns / 1e9),
+                device: Some(on.clone()),
+            });
+        }
+        for row in others.map(|o| o.measure([op, &shape, &dtype], tokens, samples, warm)).unwrap_or_default() {
+            let (min, median) = (row.seconds[0], row.seconds[row.seconds.len() / 2]);
+            let gbs = row.bytes / median / 1e9;
+            lines.push(Line {
+                op,
+                variant: row.name.leak(),
+                dtype: row.dtype,
+                shape: shape.clone(),
+                tokens,
+                threads: 0,
+                time: Time { median, min, samples: row.seconds.len() },
+                ratio: lines[first].time.median / median,
+                gflops: work.ops / median / 1e9,
+                gbs,
+                roof: Roof { name: "copy", fraction: gbs / on.copy },
+                metrics: row.metrics,
+                in_graph: row.in_graph,
                 device: Some(on.clone()),
             });
         }
@@ -871,7 +935,7 @@ mod tests {
     fn kernels_are_timed_on_a_device() -> anyhow::Result<()> {
         let device: &'static Device = Box::leak(Box::new(Device::executor()));
         let points = || vec![delta_point(2, 3, 1, 2, 32, Dtype::F32), delta_point(1, 1, 1, 2, 32, Dtype::BF16)];
-        let lines = measure_on(device, points(), &[], 3, false)?;
+        let lines = measure_on(device, points(), &[], 3, false, None)?;
         let kernels = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device);
         assert_eq!(lines.len(), 2 * kernels.len());
         for line in &lines {
@@ -890,13 +954,55 @@ mod tests {
         assert!(text.contains("% copy") && text.contains("host executor, no driver"), "{text}");
 
         let one = kernels[0].name().to_string();
-        let warm = measure_on(device, points(), &[one], 1, true)?;
+        let warm = measure_on(device, points(), &[one], 1, true, None)?;
         assert!(warm.len() == 2 && warm.iter().all(|l| l.in_graph.is_some_and(|seconds| seconds > 0.0)));
         let mut text = Vec::new();
         table(&warm, &mut text)?;
         assert!(String::from_utf8(text)?.contains("graph: a launch of many"));
-        let unknown = measure_on(device, points(), &["none".to_string()], 1, true);
+        let unknown = measure_on(device, points(), &["none".to_string()], 1, true, None);
         assert!(unknown.err().unwrap().to_string().contains("--variant none: expected one of"));
+        Ok(())
+    }
+
+    /// Others' rows stand under ours, against the first of ours at the same point.
+    #[cfg(unix)]
+    #[test]
+    fn peers_stand_in_the_table() -> anyhow::Result<()> {
+        let device: &'static Device = Box::leak(Box::new(Device::executor()));
+        let kernel = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device)[0].name().to_string();
+        let (_file, others) = super::super::bench_peers::tests::fake(
+            r#"echo '{"timed": {"peer": "slow (bf16)", "dtype": "bf16", "seconds": [9, 8], "graph_s": 7, "bytes": 16e9,' \
+            '"row_l2": 0.01, "limit": 0.05}}'"#,
+        );
+        let points = vec![delta_point(1, 1, 1, 2, 32), delta_point(2, 1, 1, 2, 32)];
+        let lines = measure_on(device, points, &[kernel], 1, true, Some(&others))?;
+        let named: Vec<_> = lines.iter().map(|l| (l.variant.contains("slow"), l.shape.as_str())).collect();
+        let (one, two) = ("1/2x32", "2 of 1/2x32");
+        assert_eq!(named, [(false, one), (true, one), (false, two), (true, two)]);
+        let (ours, slow) = (&lines[2], &lines[3]);
+        assert_eq!((slow.time.median, slow.time.min, slow.time.samples, slow.gbs), (9.0, 8.0, 2, 16.0 / 9.0));
+        assert_eq!((slow.ratio, slow.dtype.as_str(), slow.in_graph), (ours.time.median / 9.0, "bf16", Some(7.0)));
+        assert!(others.notes().is_empty(), "{:?}", others.notes());
+        let mut text = Vec::new();
+        table(&lines, &mut text)?;
+        let text = String::from_utf8(text)?;
+        assert!(text.lines().any(|l| l.starts_with("| slow (bf16)") && l.contains("9000000.0")), "{text}");
+        Ok(())
+    }
+
+    /// The script's own words, with what torch can do on a CPU.
+    #[test]
+    #[ignore = "python3 has to have torch"]
+    fn torch_stands_in_the_table() -> anyhow::Result<()> {
+        let device: &'static Device = Box::leak(Box::new(Device::executor()));
+        let kernel = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device)[0].name().to_string();
+        let others = super::super::bench_peers::tests::on_cpu()?;
+        let lines = measure_on(device, vec![delta_point(1, 3, 1, 2, 32)], &[kernel], 2, false, Some(&others))?;
+        let mut text = Vec::new();
+        table(&lines, &mut text)?;
+        println!("{}{:?}", String::from_utf8(text)?, others.notes());
+        assert_eq!(lines.iter().map(|l| l.variant).skip(1).collect::<Vec<_>>(), ["torch chunks (f32)"]);
+        assert!(lines[1].metrics.bound_multiple < 0.1 && lines[1].roof.fraction > 0.0);
         Ok(())
     }
 }

@@ -5,6 +5,9 @@ pub mod bench_matrix;
 pub mod bench_model;
 pub mod bench_op;
 pub mod bench_peaks;
+// Peers stand beside kernels on a device.
+#[cfg_attr(not(any(feature = "cuda", feature = "cuda-host")), allow(dead_code))]
+pub mod bench_peers;
 pub mod chat;
 pub mod child;
 pub mod drift;
