@@ -37,7 +37,6 @@ fn main() {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("set by cargo"));
     println!("cargo:rerun-if-changed={}", csrc.display());
     println!("cargo:rerun-if-changed=src/mutants/catalogue.rs");
-    println!("cargo:rerun-if-env-changed=Q3N_CFLAGS");
     let library = PathBuf::from(std::env::var_os("DEP_QWEN3NEXT_KERNELS_LIB").expect("set by the library's build"));
     println!("cargo:rustc-env=Q3N_LIBRARY={}", library.join("libq3n.a").display());
 
@@ -105,9 +104,6 @@ fn compiler() -> cc::Build {
     let mut build = cc::Build::new();
     build.std("c11").opt_level(2).warnings(false).cargo_metadata(true);
     build.flag("-ffp-contract=off").flag("-fno-math-errno").flag("-fvisibility=hidden");
-    for flag in std::env::var("Q3N_CFLAGS").unwrap_or_default().split_whitespace() {
-        build.flag(flag);
-    }
     build
 }
 
