@@ -643,7 +643,8 @@ pub const CATALOGUE: &[Mutant] = &[
         "gated_delta",
         "recurrent_cuda_host",
         &[at(HALF_CUDA, "(u + 0x7fffu + (u >> 16 & 1u)) >> 16", "u >> 16")],
-    ),    cuda(
+    ),
+    cuda(
         "40a",
         "a sequence's segments: what is written in one is forgotten where a later one starts",
         "gated_delta",
@@ -655,6 +656,10 @@ pub const CATALOGUE: &[Mutant] = &[
         "bf16 factors of f32 numbers lose their second part",
         "gated_delta",
         "chunked64_cuda_host",
-        &[at(BF16_CUDA, "lo = q3n_pack_bf16(x - q3n_bf16_float(hi & 0xffffu), y - q3n_bf16_float(hi >> 16));", "lo = 0u;")],
+        &[at(
+            BF16_CUDA,
+            "lo = q3n_pack_bf16(x - q3n_bf16_float(hi & 0xffffu), y - q3n_bf16_float(hi >> 16));",
+            "lo = 0u;",
+        )],
     ),
 ];
