@@ -273,8 +273,8 @@ pub(crate) fn cases<S: Suite>(options: &Options) -> Result<Option<(usize, Vec<u8
     if pointers(S::Op::NAME).is_none() || !guard::AVAILABLE {
         return Ok(None);
     }
-    let mut variants: Vec<(&str, Variant<S::Op>, Variant<S::Op>)> = Vec::new();
-    // What is replayed is for CPUs.
+    // What is replayed is for CPUs: a form's name, the variant, and what records its calls.
+    let mut variants = Vec::<(_, Variant<S::Op>, _)>::new();
     for variant in S::Op::variants().into_iter().filter(|v| v.isa() != qwen3next_kernels::Isa::CUDA_HOST) {
         if !variants.iter().any(|v| v.0 == form(&variant)) {
             // SAFETY: it writes inside the arrays of the outputs, and a call is one item.

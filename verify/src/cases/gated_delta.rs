@@ -1642,6 +1642,10 @@ impl Suite for GatedDelta {
         grid.push(base.clone());
         grid.push(Case { dtype: Dtype::BF16, regime: Regime::Mild, ..base.clone() });
         grid.push(Case { t: 65, gate: GateKind::Channel, regime: Regime::Parallel, l2norm: false, ..base.clone() });
+        // Chunks enough for segments between others, in heads that forget little.
+        grid.push(Case { t: 330, k: 32, v: 32, b: 3, rows: Rows::Packed, regime: Regime::Parallel, ..base.clone() });
+        let open = Case { gate: GateKind::Absent, regime: Regime::Mild, dtype: Dtype::BF16, ..base.clone() };
+        grid.push(Case { t: 330, k: 64, v: 16, hv: 1, ..open });
         grid.push(Case { t: 4096, k: 32, v: 16, hv: 1, regime: Regime::Parallel, ..base.clone() });
         grid.push(Case { t: 4096, hk: 2, hv: 6, k: 16, v: 8, ..base.clone() });
         grid.push(Case { t: 5, k: 0, ..base.clone() });

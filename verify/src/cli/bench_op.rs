@@ -974,7 +974,7 @@ mod tests {
             r#"echo '{"timed": {"peer": "slow (bf16)", "dtype": "bf16", "seconds": [9, 8], "graph_s": 7, "bytes": 16e9,' \
             '"row_l2": 0.01, "limit": 0.05}}'"#,
         );
-        let points = vec![delta_point(1, 1, 1, 2, 32), delta_point(2, 1, 1, 2, 32)];
+        let points = vec![delta_point(1, 1, 1, 2, 32, Dtype::F32), delta_point(2, 1, 1, 2, 32, Dtype::F32)];
         let lines = measure_on(device, points, &[kernel], 1, true, Some(&others))?;
         let named: Vec<_> = lines.iter().map(|l| (l.variant.contains("slow"), l.shape.as_str())).collect();
         let (one, two) = ("1/2x32", "2 of 1/2x32");
@@ -997,7 +997,8 @@ mod tests {
         let device: &'static Device = Box::leak(Box::new(Device::executor()));
         let kernel = Variant::<qwen3next_kernels::gated_delta::Op>::staged(device)[0].name().to_string();
         let others = super::super::bench_peers::tests::on_cpu()?;
-        let lines = measure_on(device, vec![delta_point(1, 3, 1, 2, 32)], &[kernel], 2, false, Some(&others))?;
+        let lines =
+            measure_on(device, vec![delta_point(1, 3, 1, 2, 32, Dtype::F32)], &[kernel], 2, false, Some(&others))?;
         let mut text = Vec::new();
         table(&lines, &mut text)?;
         println!("{}{:?}", String::from_utf8(text)?, others.notes());

@@ -87,6 +87,8 @@ const ATTENTION_CUDA: &str = "attention/attention.cu";
 const NORM_CUDA: &str = "norm/norm.cu";
 const SOLVE_CUDA: &str = "solve_tri/solve_tri.cu";
 const DELTA_CUDA: &str = "gated_delta/gated_delta_parts.cuh";
+const SEGMENTS_CUDA: &str = "gated_delta/gated_delta_chunked.cu";
+const BF16_CUDA: &str = "gated_delta/gated_delta_chunked_bf16.cuh";
 const EXPERTS_CUDA: &str = "moe/moe_experts.cu";
 
 const INVERSE_NORM: &str = "1.0f / sqrtf(gd_dot(x, x, a->K) + a->qk_l2norm_eps)";
@@ -641,5 +643,23 @@ pub const CATALOGUE: &[Mutant] = &[
         "gated_delta",
         "recurrent_cuda_host",
         &[at(HALF_CUDA, "(u + 0x7fffu + (u >> 16 & 1u)) >> 16", "u >> 16")],
+    ),
+    cuda(
+        "40a",
+        "a sequence's segments: what is written in one is forgotten where a later one starts",
+        "gated_delta",
+        "segmented64_cuda_host",
+        &[at(SEGMENTS_CUDA, "? local[v * a.K + k] : 0.0f;", "? 0.0f * local[v * a.K + k] : 0.0f;")],
+    ),
+    cuda(
+        "40b",
+        "bf16 factors of f32 numbers lose their second part",
+        "gated_delta",
+        "chunked64_cuda_host",
+        &[at(
+            BF16_CUDA,
+            "lo = q3n_pack_bf16(x - q3n_bf16_float(hi & 0xffffu), y - q3n_bf16_float(hi >> 16));",
+            "lo = 0u;",
+        )],
     ),
 ];
