@@ -154,8 +154,13 @@ bench() {
   bench_of gated_delta --tokens 1 --warm --peers
   bench_of gated_delta --tokens 1 --batch 128 --peers
   bench_of gated_delta --tokens 1 --batch 512 --peers
-  bench_of gated_delta --tokens 2048,8192,32768 -r 20 --peers
-  bench_of gated_delta --tokens 8192 --batch 8 -r 20 --peers
+  bench_of gated_delta --tokens 1 --dtype bf16
+  bench_of gated_delta --tokens 2048,8192,32768 -r 20
+  bench_of gated_delta --tokens 2048,8192,32768 --dtype bf16 -r 20 --peers
+  bench_of gated_delta --tokens 8192 --batch 8 --dtype bf16 -r 20 --peers
+  # A share of the heads, where segments are to pay.
+  bench_of gated_delta --tokens 2048,8192,32768 --heads 8/16 --dtype bf16 -r 20
+  bench_of gated_delta --tokens 2048,8192,32768 --heads 4/8 --dtype bf16 -r 20
   bench_of matmul --form q8 --tokens 1 --shape 8192x2048,2048x4096,151936x2048
   bench_of matmul --form f32 --tokens 1 --shape 8192x2048
   bench_of matmul --form q8 --tokens 8,64,512 --shape 8192x2048 -r 20
