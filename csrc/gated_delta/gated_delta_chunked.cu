@@ -2,8 +2,8 @@
    which share the chunk's keys and queries, fetched while the chunk before it is worked on, and their products A and P.
 
    A single long sequence leaves most of a GPU without work. gated_delta_segmented cuts it: what tokens do to a state is
-   S <- S M + L, for every row of S by itself. A first pass finds the M and L of all inner segments at once, as rows of a
-   state that starts as the identity and is written no values, and as one that starts as zeros; and runs the first
+   S <- S M + L, for every row of S by itself. A first pass finds the M and L of all inner segments at once, as rows of
+   a state that starts as the identity and is written no values, and as one that starts as zeros; and runs the first
    segment. In the second pass a block goes from the first segment's end through the M and L before its own segment. */
 #include "gated_delta_chunked_bf16.cuh"
 #include "gated_delta_chunked_f32.cuh"
@@ -253,10 +253,10 @@ constexpr int64_t SMALL_ARRAYS = 8192;
 
 /* Warps of a block: 8, or 4 where that leaves half of the multiprocessors without a block; `wide` blocks have 8. Which
    warp has a row changes no bit. */
-int64_t warps_of(const q3n_gated_delta_args *a, int64_t wide) {
+int64_t warps_of(const q3n_gated_delta_args *a, int64_t wide, int64_t multiprocessors) {
   const int64_t tiles = tiles_of(a->V);
   if (tiles < 2) return 2; /* a thread for every token of a chunk */
-  const int64_t most = 2 * wide <= q3n_multiprocessors() ? WARPS / 2 : WARPS;
+  const int64_t most = 2 * wide <= multiprocessors ? WARPS / 2 : WARPS;
   return tiles < most ? tiles : most;
 }
 
@@ -265,7 +265,8 @@ template <class FORM> q3n_status launch(const q3n_gated_delta_args *a, const pla
   const bool state_vectors = a->K % 4 == 0 && aligned(a->state_in, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->state_out, a->state_slot, a->state_h, a->state_v, 0) &&
                              aligned(a->snapshots, a->snap_b, a->snap_t, a->snap_h, a->snap_v);
-  const int64_t pairs = a->B * a->HV, warps = warps_of(a, pairs * blocks_of(*a, p, WARPS));
+  const int64_t pairs = a->B * a->HV;
+  const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS), q3n_multiprocessors());
   const int64_t items = pairs * blocks_of(*a, p, warps);
   return Q3N_LAUNCH(chunked<FORM>, (*a, p, items, token_vectors, state_vectors), items < INT32_MAX ? items : INT32_MAX,
                     warps * 32, shared_bytes<FORM>(warps), stream);
@@ -293,30 +294,29 @@ int64_t with_o(int64_t warps) { return 3 * (warps < 4 ? 4 : warps) + 4; }
 int64_t without_o(int64_t warps) { return 2 * (warps < 4 ? 4 : warps) + 2; }
 
 /* The time of a launch, in those units for each chunk of a segment. */
-int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, const plan &p) {
-  const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS)), all = q3n_multiprocessors();
-  const int64_t waves = (pairs * blocks_of(*a, p, warps) + all - 1) / all;
+int64_t reckon(const q3n_gated_delta_args *a, int64_t pairs, const plan &p, int64_t multiprocessors) {
+  const int64_t warps = warps_of(a, pairs * blocks_of(*a, p, WARPS), multiprocessors);
+  const int64_t waves = (pairs * blocks_of(*a, p, warps) + multiprocessors - 1) / multiprocessors;
   const bool mixed = p.pass == plan::TRANSFERS && p.segments > 2 && waves > 1;
   return waves * (mixed ? (with_o(warps) + without_o(warps)) / 2 : with_o(warps));
 }
 
-int64_t reckon_whole(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks) {
-  return chunks * reckon(a, pairs, {plan::WHOLE, 1, nullptr});
-}
-
-int64_t reckon_segments(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments) {
+int64_t reckon_segments(const q3n_gated_delta_args *a, int64_t pairs, int64_t chunks, int segments,
+                        int64_t multiprocessors) {
   const int64_t each = (chunks + segments - 1) / segments, crossing = 2 * WARPS;
-  return each * (reckon(a, pairs, {plan::TRANSFERS, segments, nullptr}) +
-                 reckon(a, pairs, {plan::REST, segments, nullptr})) +
+  return each * (reckon(a, pairs, {plan::TRANSFERS, segments, nullptr}, multiprocessors) +
+                 reckon(a, pairs, {plan::REST, segments, nullptr}, multiprocessors)) +
          (segments - 2) * crossing;
 }
 
-/* Segments of a long sequence: what is best for one alone, so that a sequence's bits don't depend on those beside it. */
+/* Segments of a long sequence: what is best for one alone, so that its bits don't depend on those beside it. */
 int segments_of(const q3n_gated_delta_args *a) {
   const int MOST = 16, LONG = 1024; /* chunks */
+  const int64_t multiprocessors = q3n_multiprocessors();
+  const auto time = [&](int n) { return reckon_segments(a, a->HV, LONG, n, multiprocessors); };
   int best = 2;
   for (int n = 3; n <= MOST; n++)
-    if (reckon_segments(a, a->HV, LONG, n) < reckon_segments(a, a->HV, LONG, best)) best = n;
+    if (time(n) < time(best)) best = n;
   return best;
 }
 
@@ -364,10 +364,11 @@ choice choose(const q3n_gated_delta_args *a) {
   const int64_t tokens = a->cu_seqlens && a->B > 0 ? a->T / a->B : a->T, chunks = (tokens + C - 1) / C;
   if (tokens < C || !with_form(a, false, [](auto) { return true; })) return RECURRENT;
   /* Many heads leave no multiprocessor idle, and few tokens are over before the launches are. */
-  if (chunks < 16 || a->B * a->HV > 2 * q3n_multiprocessors()) return CHUNKED;
-  const int64_t pairs = a->B * a->HV;
-  const bool pays = 10 * reckon_segments(a, pairs, chunks, segments_of(a)) < 9 * reckon_whole(a, pairs, chunks);
-  return pays ? SEGMENTED : CHUNKED;
+  const int64_t pairs = a->B * a->HV, multiprocessors = q3n_multiprocessors();
+  if (chunks < 16 || pairs > 2 * multiprocessors) return CHUNKED;
+  const int64_t segments = reckon_segments(a, pairs, chunks, segments_of(a), multiprocessors);
+  const int64_t whole = chunks * reckon(a, pairs, {plan::WHOLE, 1, nullptr}, multiprocessors);
+  return 10 * segments < 9 * whole ? SEGMENTED : CHUNKED;
 }
 
 } /* namespace */

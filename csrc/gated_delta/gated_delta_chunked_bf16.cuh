@@ -1,8 +1,8 @@
-/* The chunk form for keys, queries and values in bf16, which are factors as they lie. What is f32 (the state, A, P, u) is
-   two bf16 numbers, hi + lo, 2^-17 off at most: two products with a key or query, three where both sides are f32.
+/* The chunk form for keys, queries and values in bf16, which are factors as they lie. What is f32 (the state, A, P, u)
+   is two bf16 numbers, hi + lo, 2^-17 off at most: two products with a key or query, three where both sides are f32.
    Columns of two sums are the columns of a left factor: u and S go from product to product without a shuffle.
 
-   As in the f32 form, from the first token on at which something is not finite that was, a chunk goes token by token. */
+   As in the f32 form, from the first token on at which what was finite is not, a chunk goes token by token. */
 #ifndef Q3N_GATED_DELTA_CHUNKED_BF16_CUH
 #define Q3N_GATED_DELTA_CHUNKED_BF16_CUH
 
@@ -10,8 +10,8 @@
 
 namespace {
 
-/* Rows of keys or queries, two channels a word. Eights of channels, 16 bytes, change places by rows, so that eight rows'
-   same eight lies in different banks. */
+/* Rows of keys or queries, two channels a word. Eights of channels, 16 bytes, change places by rows, so that the same
+   eight of eight rows lies in different banks. */
 template <int KP> struct bf16_tokens {
   q3n_shared<uint32_t> x; /* [C][KP / 2] */
 

@@ -1,5 +1,5 @@
-/* The chunk form in f32: every factor is split into two tf32 numbers, a product of matrices is three. As columns of sums
-   become columns of a left factor by renaming tokens, u and S go from product to product without a shuffle.
+/* The chunk form in f32: every factor is split into two tf32 numbers, a product of matrices is three. As columns of
+   sums become columns of a left factor by renaming tokens, u and S go from product to product without a shuffle.
 
    A value that is not finite must not meet the zeros above the diagonals. So a warp watches u, block of 16 tokens by
    block: from the first token on whose u is not finite it takes the rest of the chunk token by token, as it takes
@@ -37,8 +37,8 @@ __device__ __forceinline__ q3n_right matrix(q3n_shared<float> x, int i, int j) {
   return q3n_split_right(q3n_load<float2>(x + q3n_place(i + lane / 4, j / 8, 2 * (lane % 4), C)));
 }
 
-/* u and o of the tokens of block b. Returns how many of its tokens are good: o, where queries are there, is stored for those, and
-   u of the others is 0. */
+/* u and o of the tokens of block b. Returns how many of its tokens are good: o, where queries are there, is stored for
+   those, and u of the others is 0. */
 template <int KP>
 __device__ __forceinline__ int run_block(const rows_of_state<KP> &s, const q3n_gated_delta_args &a, int64_t t0, int n,
                                          int b, bool queries, const shared_chunk<f32_tokens<KP>> &ch,

@@ -21,8 +21,8 @@ constexpr int WARPS = 8;       /* at most */
 constexpr int TAIL = 8;        /* fewer tokens go one by one */
 constexpr unsigned ALL = 0xffffffffu;
 
-/* Decays make factors so small that tf32, which has no more digits there than its exponent leaves, would lose them: A, P,
-   the state and u on its way into the state are multiplied by this. What then overflows is seen, and goes token by
+/* Decays make factors so small that tf32, which has no more digits there than its exponent leaves, would lose them: A,
+   P, the state and u on its way into the state are multiplied by this. What then overflows is seen, and goes token by
    token. */
 constexpr float SCALE = 4294967296.0f, UNSCALE = 1.0f / SCALE;
 
@@ -321,14 +321,16 @@ __device__ __forceinline__ void one_by_one(rows_of_state<FORM::KP> &s, const q3n
     for (int r = 0; r < 2; r++) {
       const int v = row.first + group + 8 * r;
       const float o = q3n_warp_sum(out[r], 4);
-      if (queries && member == 0 && t >= first && v < row.count) q3n_set_element(at.o, (t0 + t) * a.o_t + v, a.dtype, o);
+      if (queries && member == 0 && t >= first && v < row.count)
+        q3n_set_element(at.o, (t0 + t) * a.o_t + v, a.dtype, o);
     }
     if (queries && at.snapshots)
       store_state<KP>(s, at.snapshots + (t0 + t) * a.snap_t, a.snap_v, row, a, state_vectors);
   }
 }
 
-/* The states after each token of the chunk, from the one before it and u, which lies as the lanes had it: [C / 8][32][4]. */
+/* The states after each token of the chunk, from the one before it and u, which lies as the lanes had it:
+   [C / 8][32][4]. */
 template <class FORM>
 __device__ __forceinline__ void replay(rows_of_state<FORM::KP> s, const q3n_gated_delta_args &a, int64_t t0, int n,
                                        const shared_chunk<typename FORM::tokens> &ch, q3n_shared<float> u,
