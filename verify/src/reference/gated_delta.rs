@@ -245,7 +245,7 @@ const CROSSING: f64 = 1.0 / (1u64 << 20) as f64;
 /// a decay over d tokens is off by d (EXP + u). Chunks start anew at `restart`, where a call was split.
 ///
 /// On tensor cores with inputs of bf16, keys and queries are factors as they are, but S, u, A and P are two bf16: σ
-/// ([`SPLIT`]) of |S||k| and |S||q|, 4 σ of |A||u| and |P||u| ([`BOTH`]) are left out, and 2 σ of |u||k| on the way into the
+/// (`SPLIT`) of |S||k| and |S||q|, 4 σ of |A||u| and |P||u| (`BOTH`) are left out, and 2 σ of |u||k| on the way into the
 /// state: u is two parts, and its product with a decay is two again. In a diagonal block D of A u is found as
 /// w + ((I + D)⁻¹ − I) w, w = (I + D) u: 4 σ of that product's terms, an error e of the block's u itself, which later
 /// tokens see as they see u, through (I + A)⁻¹ (I + D) e.
