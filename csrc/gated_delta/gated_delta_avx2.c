@@ -14,9 +14,11 @@ int64_t q3n_gated_delta_chunked32_avx2_scratch(const q3n_gated_delta_args *a) {
 }
 
 q3n_status q3n_gated_delta_recurrent_avx2(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
+  Q3N_GATED_DELTA_F32_ALONE(a);
   return run_recurrent(a, begin, end, scratch);
 }
 
 q3n_status q3n_gated_delta_chunked32_avx2(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
+  Q3N_GATED_DELTA_F32_ALONE(a);
   return run_chunked(a, begin, end, scratch, 32);
 }

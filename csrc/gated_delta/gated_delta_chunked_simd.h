@@ -410,7 +410,6 @@ static void store_state(const q3n_gated_delta_args *a, float *to, int64_t to_row
 
 static inline q3n_status run_chunked(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch,
                                      int64_t C) {
-  Q3N_GATED_DELTA_F32_ALONE(a);
   const int64_t K = a->K, V = a->V;
   block b;
   chunk ch = layout_chunk(a, C, scratch, &b);

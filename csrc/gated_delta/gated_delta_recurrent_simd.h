@@ -220,7 +220,6 @@ static void run_rows(const q3n_gated_delta_args *a, const gd_head *x, int64_t t0
 }
 
 static inline q3n_status run_recurrent(const q3n_gated_delta_args *a, int64_t begin, int64_t end, void *scratch) {
-  Q3N_GATED_DELTA_F32_ALONE(a);
   const int64_t blocks = q3n_ceil_div(a->V, Q3N_GATED_DELTA_ROWS);
   block b = layout_block(a, scratch);
 
